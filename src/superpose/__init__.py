@@ -1,0 +1,55 @@
+"""Merge fine-tuned neural networks.
+
+    record = superpose.merge(recipe, output="out")
+    merged = superpose.merge_tensors(base, tuned, method="ties", density=0.2)
+
+Names load on first use, so that importing the package (and `superpose --help`) imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from superpose.errors import Problems, SuperposeError
+
+if TYPE_CHECKING:
+    from superpose.api import inspect, list_methods, merge, merge_tensors, plan
+    from superpose.kinds import Kind
+    from superpose.recipe import Recipe
+    from superpose.records import RunRecord
+
+__all__ = [
+    "Kind",
+    "Problems",
+    "Recipe",
+    "RunRecord",
+    "SuperposeError",
+    "inspect",
+    "list_methods",
+    "merge",
+    "merge_tensors",
+    "methods",
+    "plan",
+]
+
+_HOMES = {
+    "Kind": "superpose.kinds",
+    "Recipe": "superpose.recipe",
+    "RunRecord": "superpose.records",
+    "inspect": "superpose.api",
+    "list_methods": "superpose.api",
+    "merge": "superpose.api",
+    "merge_tensors": "superpose.api",
+    "plan": "superpose.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return import_module("superpose.methods")
+    if name == "__version__":
+        return import_module("importlib.metadata").version("superpose")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'superpose' has no attribute '{name}'")

@@ -1,0 +1,231 @@
+"""What a merge method is, and the table of those that exist.
+
+A method is a function on stacked tensors. The decorator records it and changes nothing: tests and users call the
+function itself. What the function wants beyond the tensors and its options it names in its signature:
+
+    kind      what the tensor is in its network
+    weights   the recipe's weight of each model, shape (tasks,), float64
+    base      the base tensor, shape (*shape)
+    survey    numbers measured beforehand over the whole model (see `Survey`)
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from superpose.errors import SuperposeError, nearest
+from superpose.kinds import Kind
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+WANTED_BY_NAME = frozenset({"kind", "weights", "base", "survey"})
+LAWS = ("single", "same", "perm", "zero", "scale")
+
+
+@dataclass(frozen=True)
+class Caution:
+    """Something the user should know about one tensor and can act on.
+
+    Args:
+        text: what happened and what helps.
+        tasks: indices of the tasks concerned.
+    """
+
+    text: str
+    tasks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged tensor with numbers for the record.
+
+    Args:
+        tensor: the merged task vector (or weight, for methods that act on weights).
+        stats: numbers about how it was found.
+        cautions: what the user should know.
+    """
+
+    tensor: Tensor
+    stats: Mapping[str, float | int | str] = field(default_factory=dict)
+    cautions: Sequence[Caution] = ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What merging one tensor takes.
+
+    Args:
+        memory: bytes beyond the inputs and the output.
+        flops: floating point operations.
+    """
+
+    memory: int
+    flops: float
+
+
+class Chunks(Protocol):
+    """The stacked task vectors of one tensor, read in pieces, as often as one iterates."""
+
+    @property
+    def tasks(self) -> int:
+        """Number of task vectors."""
+        ...
+
+    @property
+    def numel(self) -> int:
+        """Entries of the tensor."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the arithmetic."""
+        ...
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The recipe's weight of each model."""
+        ...
+
+    def __iter__(self) -> Any:
+        """Yield (flat start, tensor of shape (tasks, entries)) in ascending order."""
+        ...
+
+
+class Survey(Protocol):
+    """Numbers that need every tensor of the model, measured in read-only passes before the merge.
+
+    Each pass maps every tensor to a value; values are added with `+`, in plan order, so that rounding does not depend
+    on who computed what first. Memory stays constant in the size of the model.
+    """
+
+    def passes(self, options: Any, dtype: Any) -> int:
+        """Return how many passes these options need; 0 for none."""
+        ...
+
+    def measure(self, step: int, name: str, chunks: Chunks, state: Any, options: Any) -> Any:
+        """Return one tensor's value for pass `step`, given the state that the pass before ended with."""
+        ...
+
+    def finish(self, step: int, total: Any, state: Any, options: Any, dtype: Any) -> Any:
+        """Return the state after pass `step`, given the sum of its values."""
+        ...
+
+    def for_tensor(self, name: str, chunks: Chunks, state: Any, options: Any) -> Any:
+        """Return what the method gets as `survey` for one tensor; `state` is None when there was no pass.
+
+        The value has `within(start, stop)`, the same for the entries start..stop of the flattened tensor.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered merge method; `function` is the plain function."""
+
+    name: str
+    function: Callable[..., Tensor | Merged]
+    options: type
+    source: str
+    acts_on: Literal["task_vectors", "weights"]
+    whole_for: frozenset[Kind]
+    survey: Survey | None
+    cost: Callable[[Sequence[int], int, Any], Cost] | None
+    breaks: tuple[str, ...]
+    needs: frozenset[str]
+    wants: frozenset[str]
+
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def description(self) -> str:
+        """The docstring of the method's module: formula, traps, when to prefer it."""
+        return inspect.cleandoc(sys.modules[self.function.__module__].__doc__ or "")
+
+    def sees_whole(self, kind: Kind) -> bool:
+        """Whether a tensor of this kind has to be in memory as a whole."""
+        return kind in self.whole_for
+
+    def __call__(self, tensors: Tensor, options: Any, **available: Any) -> Merged:
+        """Call the function with what it wants of `available`, and return a `Merged`."""
+        result = self.function(
+            tensors, options, **{name: value for name, value in available.items() if name in self.wants}
+        )
+        return result if isinstance(result, Merged) else Merged(result)
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def merge_method(
+    name: str,
+    *,
+    options: type,
+    source: str,
+    acts_on: Literal["task_vectors", "weights"] = "task_vectors",
+    whole_for: Iterable[Kind] = frozenset(Kind),
+    survey: Survey | None = None,
+    cost: Callable[[Sequence[int], int, Any], Cost] | None = None,
+    breaks: Sequence[str] = (),
+    needs: Iterable[str] = (),
+) -> Callable:
+    """Return a decorator that registers a merge method and leaves the function as it is.
+
+    Args:
+        name: the method's name in recipes and on the command line.
+        options: frozen dataclass of its options, every field with a default.
+        source: paper, arXiv number, equation or algorithm.
+        acts_on: whether the function gets task vectors (tuned minus base) or the tuned weights.
+        whole_for: kinds of tensors that the function must see as a whole. For other kinds it may be called on pieces
+            of the flattened tensor: then an entry of its result may depend on that entry of the inputs alone, beside
+            `survey` and `weights`.
+        survey: passes over the whole model beforehand.
+        cost: (shape, tasks, options) -> `Cost` of merging one whole tensor.
+        breaks: the laws (see `LAWS`) that the method breaks by design.
+        needs: what it needs beyond weights, such as "statistics".
+
+    Raises:
+        ValueError: the name is taken, or the declaration contradicts itself.
+    """
+
+    def register(function: Callable) -> Callable:
+        parameters = list(inspect.signature(function).parameters.values())
+        wants = frozenset(p.name for p in parameters[2:])
+        if unknown := wants - WANTED_BY_NAME:
+            raise ValueError(f"{name}: nothing is handed over as {sorted(unknown)}; {sorted(WANTED_BY_NAME)} are")
+        if unknown := set(breaks) - set(LAWS):
+            raise ValueError(f"{name}: no such law: {sorted(unknown)}")
+        if name in _METHODS and _METHODS[name].function.__module__ != function.__module__:
+            raise ValueError(f"a method named {name} exists: {_METHODS[name].function.__module__}")
+        _METHODS[name] = Method(
+            name, function, options, source, acts_on, frozenset(whole_for), survey, cost,
+            tuple(breaks), frozenset(needs), wants,
+        )  # fmt: skip
+        return function
+
+    return register
+
+
+def registered() -> list[Method]:
+    """Return every registered method, by name."""
+    return [_METHODS[name] for name in sorted(_METHODS)]
+
+
+def find_method(name: str, *, where: str = "") -> Method:
+    """Return the method of that name.
+
+    Raises:
+        SuperposeError: there is none.
+    """
+    try:
+        return _METHODS[name]
+    except KeyError:
+        raise SuperposeError(f"no method is named '{name}'", where=where, mend=nearest(name, _METHODS)) from None
