@@ -1,0 +1,1 @@
+"""Mathematics on tensors alone: no names, no files, no methods' options."""

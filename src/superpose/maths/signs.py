@@ -1,0 +1,55 @@
+"""Sign election and the disjoint merge of TIES (Yadav et al. 2023, arXiv:2306.01708, section 3.1)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Tie = Literal["zero", "positive", "majority"]
+Aggregate = Literal["mean", "sum", "max"]
+
+
+def elect_signs(task_vectors: Float[Tensor, "tasks *shape"], tie_sign: float = 0.0) -> Float[Tensor, "*shape"]:
+    """Return the sign of the tasks' sum, entry by entry; where the sum is zero, `tie_sign`."""
+    signs = torch.sign(task_vectors.sum(dim=0))
+    if tie_sign == 0.0:
+        return signs
+    return torch.where(signs == 0, torch.full_like(signs, tie_sign), signs)
+
+
+def disjoint_merge(
+    task_vectors: Float[Tensor, "tasks *shape"],
+    signs: Float[Tensor, "*shape"],
+    *,
+    aggregate: Aggregate = "mean",
+    weights: Float[Tensor, " tasks"] | None = None,
+) -> Float[Tensor, "*shape"]:
+    """Combine, entry by entry, the values that agree with the elected sign.
+
+    Args:
+        task_vectors: trimmed and unweighted.
+        signs: elected signs; an entry with sign 0 comes out as 0.
+        aggregate: mean (of those that agree), sum, or max (largest magnitude).
+        weights: one factor per task; a weighted mean divides by the sum of the agreeing weights.
+
+    Returns:
+        The merged task vector.
+    """
+    merged = torch.zeros_like(signs)
+    total = torch.zeros_like(signs)
+    for index, task_vector in enumerate(task_vectors):
+        weight = 1.0 if weights is None else float(weights[index])
+        value = task_vector if weight == 1.0 else task_vector * weight
+        agrees = value * signs > 0
+        chosen = torch.where(agrees, value, value.new_zeros(()))
+        if aggregate == "max":
+            merged = torch.where(chosen.abs() > merged.abs(), chosen, merged)
+        else:
+            merged += chosen
+            total += agrees.to(total.dtype) * abs(weight)  # a bare product would be float32
+    if aggregate == "mean":
+        merged = torch.where(total > 0, merged / total.clamp_min(torch.finfo(total.dtype).tiny), merged)
+    return merged

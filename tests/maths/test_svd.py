@@ -1,0 +1,177 @@
+"""Singular features: orthonormal, exact, and no more of them than the numerical rank."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from superpose.maths.svd import Features, leading, numerical_rank, svd_of_product, thin_svd, without_ends
+
+DTYPES = [torch.float32, torch.float64]
+SHAPES = [(1, 1), (1, 9), (9, 1), (12, 12), (40, 7), (7, 40), (64, 50), (90, 96)]
+SMALLEST = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def orthonormal(rng, rows, columns):
+    return np.linalg.qr(rng.standard_normal((rows, columns)))[0]
+
+
+def matrix_with(rng, shape, s):
+    """Return a float64 matrix with these singular values."""
+    return (orthonormal(rng, shape[0], len(s)) * s) @ orthonormal(rng, shape[1], len(s)).T
+
+
+def assert_decomposes(features, matrix, tolerance):
+    """Assert orthonormal directions, ordered strengths as in NumPy's decomposition, and the product."""
+    u, s, vh = (part.double().numpy() for part in (features.u, features.s, features.vh))
+    exact = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    assert np.abs(u.T @ u - np.eye(len(s))).max() < tolerance
+    assert np.abs(vh @ vh.T - np.eye(len(s))).max() < tolerance
+    assert (np.diff(s) <= 0).all()
+    assert np.abs(s - exact[: len(s)]).max() <= tolerance * exact[0]
+    assert np.abs((u * s) @ vh - matrix.double().numpy()).max() <= tolerance * exact[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_random_matrices_are_decomposed(shape, dtype):
+    matrix = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    features = thin_svd(matrix)
+    assert features.count == min(shape)
+    assert {features.u.dtype, features.s.dtype, features.vh.dtype} == {dtype}
+    assert_decomposes(features, matrix, 2e-6 if dtype == torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(60, 25), (25, 60), (40, 40)])
+def test_strengths_spread_over_the_usable_range_are_decomposed(shape, dtype):
+    s = np.geomspace(1, SMALLEST[dtype], min(shape))
+    matrix = torch.from_numpy(matrix_with(np.random.default_rng(2), shape, s)).to(dtype)
+    features = thin_svd(matrix)
+    assert features.count == min(shape)
+    assert_decomposes(features, matrix, 5e-6 if dtype == torch.float32 else 1e-13)
+    exact = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    error = np.abs(features.s.double().numpy() / exact - 1).max()  # of each strength, also the weakest
+    assert error < (1e-5 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("size", [4, 16, 64, 256])
+def test_weakest_features_above_the_cut_are_accurate_in_float32(size):
+    s = np.geomspace(1, 2 * size * torch.finfo(torch.float32).eps, size)
+    matrix = torch.from_numpy(matrix_with(np.random.default_rng(size), (size, size), s)).float()
+    features = thin_svd(matrix)
+    assert features.count == size
+    exact = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    assert np.abs(features.s.double().numpy() / exact - 1).max() < 5e-6
+    assert_decomposes(features, matrix, 5e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 30), st.integers(1, 30), st.data())
+def test_rank_deficient_matrices_have_no_more_features_than_rank(out, in_, data):
+    rank = data.draw(st.integers(1, min(out, in_)))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    matrix = torch.from_numpy(matrix_with(rng, (out, in_), np.geomspace(1, 0.1, rank))).to(dtype)
+    features = thin_svd(matrix)
+    assert features.count == rank
+    assert_decomposes(features, matrix, 2e-6 if dtype == torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e18])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rank_does_not_depend_on_scale(scale, dtype):
+    matrix = torch.from_numpy(scale * matrix_with(np.random.default_rng(3), (20, 15), np.ones(4))).to(dtype)
+    assert thin_svd(matrix).count == 4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_zero_matrix_has_no_features(shape):
+    features = thin_svd(torch.zeros(shape))
+    assert features.count == 0
+    assert features.u.shape == (shape[0], 0)
+    assert features.vh.shape == (0, shape[1])
+    assert torch.equal(features.matrix(), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rank_counts_what_exceeds_size_times_eps_times_the_largest(dtype):
+    eps = torch.finfo(dtype).eps
+    s = torch.tensor([2.0, 1.0, 2 * 1.01 * 50 * eps, 2 * 0.99 * 50 * eps, 0.0], dtype=dtype)
+    assert numerical_rank(s, 50, dtype) == 3
+    assert numerical_rank(s[4:], 50, dtype) == 0
+    assert numerical_rank(s[:0], 50, dtype) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out", "inner", "in_"), [(40, 3, 30), (30, 8, 41), (5, 9, 30), (30, 9, 4), (6, 1, 6)])
+def test_product_is_decomposed_as_its_dense_matrix(out, inner, in_, dtype):
+    generator = torch.Generator().manual_seed(4)
+    left = torch.randn(out, inner, dtype=dtype, generator=generator)
+    right = torch.randn(inner, in_, dtype=dtype, generator=generator)
+    features = svd_of_product(left, right)
+    assert features.count == min(out, inner, in_)
+    assert features.s.dtype == dtype
+    assert_decomposes(features, left.double() @ right.double(), 5e-6 if dtype == torch.float32 else 1e-13)
+
+
+def test_product_of_dependent_factors_has_the_rank_of_the_product():
+    left = torch.tensor([[1.0, 2.0], [2.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
+    right = torch.tensor([[1.0, 0.0, 3.0, 1.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    features = svd_of_product(left, right)
+    assert features.count == 1
+    assert_decomposes(features, left @ right, 1e-14)
+    assert svd_of_product(left, torch.zeros(2, 4, dtype=torch.float64)).count == 0
+
+
+def test_rank_of_a_product_is_judged_by_the_size_of_the_product():
+    """The second singular value is above 2 eps, the cut of the 2 x 2 core, and below 400 eps."""
+    rng, eps = np.random.default_rng(5), torch.finfo(torch.float64).eps
+    left = torch.from_numpy(orthonormal(rng, 400, 2))
+    right = torch.from_numpy(np.diag([1.0, 100 * eps]) @ orthonormal(rng, 300, 2).T)
+    assert svd_of_product(left, right).count == 1
+
+
+def four_features():
+    return thin_svd(torch.diag(torch.tensor([4.0, 2.0, 2.0 * 0.75, 0.5], dtype=torch.float64)))
+
+
+@pytest.mark.parametrize(("rank", "count"), [(None, 4), (1, 1), (3, 3), (4, 4), (9, 4)])
+def test_leading_keeps_at_most_rank_features(rank, count):
+    features = leading(four_features(), rank, 1.0)
+    assert features.s.tolist() == [4.0, 2.0, 1.5, 0.5][:count]
+
+
+@pytest.mark.parametrize(("energy", "count"), [(0.0, 1), (0.5, 1), (0.8, 2), (0.9, 3), (0.98, 3), (0.995, 4), (1.0, 4)])
+def test_leading_keeps_the_fewest_features_that_hold_the_energy(energy, count):
+    """Squares 16, 4, 2.25, 0.25 of 22.5: shares 0.711, 0.889, 0.989, 1."""
+    assert leading(four_features(), None, energy).count == count
+    assert leading(four_features(), 2, energy).count == min(2, count)
+
+
+def test_removing_the_ends_removes_by_number_and_rounds_down():
+    features = four_features()
+    assert without_ends(features, 0.5, 0.0).s.tolist() == [4.0, 2.0]
+    assert without_ends(features, 0.0, 0.49).s.tolist() == [2.0, 1.5, 0.5]
+    assert without_ends(features, 0.25, 0.25).s.tolist() == [2.0, 1.5]
+    assert without_ends(features, 0.75, 0.75).count == 0
+    assert without_ends(features, 1.0, 0.0).count == 0
+    assert without_ends(features, 0.0, 1.0).count == 0
+
+
+def test_removing_the_ends_counts_exactly():
+    """0.29 of 100 is 29, although the product in binary is 28.999999999999996."""
+    for count in (1, 7, 20, 100):
+        features = Features(torch.zeros(1, count), torch.zeros(count), torch.zeros(count, 1))
+        for percent in range(101):
+            left = count - percent * count // 100
+            assert without_ends(features, percent / 100, 0.0).count == left
+            assert without_ends(features, 0.0, percent / 100).count == left
+
+
+def test_features_add_up_to_their_matrix():
+    matrix = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    features = thin_svd(matrix)
+    torch.testing.assert_close(features.matrix(), matrix)
+    torch.testing.assert_close(features.take(0, 2).matrix() + features.take(2, 5).matrix(), matrix)
