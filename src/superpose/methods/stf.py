@@ -1,0 +1,253 @@
+"""STF: the smallest matrix that answers each task's singular directions as that task did.
+
+    features  (u_a, s_a, v_a): the singular triplets of all task matrices M_i = trim(tuned_i - base), together
+    solve     G alpha = s,   G_ab = (u_a . u_b)(v_a . v_b)
+    merge     M = sum_a alpha_a u_a v_a^T,   so that u_a . M v_a = s_a for every feature a
+    apply     merged = base + scaling_factor * M
+
+For linear maps and convolutions (flattened to out x rest). Norms get the plain mean of their trimmed task vectors,
+biases, embeddings and heads the scaled sum. Without shared features it is task arithmetic; where tasks share a
+direction it keeps each one's strength instead of adding them up; where they contradict each other it takes the least
+squares answer and says so. Prefer it for many tasks on one base. Use density 1 for LLMs; the best scaling factor falls
+as tasks are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from superpose.kinds import MATRIX_KINDS, Kind
+from superpose.maths.linear_system import TOLERANCE, Solution, Solver, solve_psd
+from superpose.maths.sparsify import Cuts, apply_cuts, keep_largest
+from superpose.maths.streaming import MagnitudeSurvey
+from superpose.maths.svd import Features, leading, thin_svd, without_ends
+from superpose.options import Range
+from superpose.registry import Caution, Cost, Merged, merge_method
+
+NEARLY_PARALLEL = 1e4
+"""Condition number beyond which a ridge is suggested."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StfOptions:
+    """Options of STF."""
+
+    density: Annotated[float, Range(0, 1)] = 0.2
+    """Fraction of each task vector's entries kept (eta in the paper); 1 for LLMs, 0.3 for LoRA."""
+    scaling_factor: Annotated[float, Range(-10, 10)] = 0.8
+    """Factor on the merged task vector (gamma in the paper)."""
+    density_scope: Literal["model", "tensor"] = "tensor"
+    """Whether the kept entries are counted over the whole model or in each tensor."""
+    ridge: Annotated[float, Range(0, 1)] = 0.0
+    """Added to the system, whose diagonal is 1; 0.001 to 0.1 for nearly parallel tasks."""
+    rank: Annotated[int | None, Range(1, 1_000_000)] = None
+    """Most features kept of each task matrix, the strongest first; none keeps all."""
+    energy: Annotated[float, Range(0, 1)] = 1.0
+    """Share of each task matrix's squared norm that the kept features hold."""
+    remove_smallest: Annotated[float, Range(0, 1)] = 0.0
+    """Fraction of each task's features removed from the weak end (the paper's Figure 5a)."""
+    remove_largest: Annotated[float, Range(0, 1)] = 0.0
+    """Fraction of each task's features removed from the strong end (the paper's Figure 5b)."""
+    matrices: Literal["task", "finetuned"] = "task"
+    """Decompose the task matrices, or the fine-tuned ones (the paper's Figure 3a; untrimmed and unscaled)."""
+    trim_norm: bool = True
+    """Whether norms are trimmed before they are averaged (Algorithm 2, line 11)."""
+    solver: Literal["auto", "cg", "direct", "eigh"] = "auto"
+    """How the system is solved; auto takes the fastest that its conditioning allows."""
+
+
+@dataclass(frozen=True)
+class Superposition:
+    """The merged matrix and how well it answers each feature."""
+
+    matrix: Float[Tensor, "out in_"]
+    features: int
+    solution: Solution
+    worst: float
+    """Largest |u_a . M v_a - s_a|, relative to the largest s."""
+    conflicting: tuple[int, ...]
+    """Indices of the tasks whose features are not answered."""
+
+
+def stf_cost(shape: Sequence[int], tasks: int, options: StfOptions) -> Cost:
+    """Return what one matrix takes: decompositions, the system, and its assembly."""
+    out, in_ = shape[0], prod(shape[1:])
+    small = min(out, in_)
+    features = tasks * min(small, options.rank or small)
+    numbers = (tasks + 1) * out * in_ + 2 * features * (out + in_) + 2 * features**2
+    in_double = 3 * out * in_ + 4 * small**2
+    flops = tasks * (2.0 * out * in_ * small + 12 * small**3) + features**2 * (out + in_ + 60)
+    return Cost(4 * numbers + 8 * in_double, flops)
+
+
+@merge_method(
+    "stf",
+    options=StfOptions,
+    source="Qiu et al. 2025, arXiv:2502.10698v2 (EMNLP 2025), Algorithms 1 and 2",
+    whole_for=MATRIX_KINDS,
+    survey=MagnitudeSurvey(),
+    cost=stf_cost,
+)
+def stf(
+    task_vectors: Float[Tensor, "tasks *shape"],
+    options: StfOptions,
+    *,
+    kind: Kind,
+    base: Float[Tensor, "*shape"] | None = None,
+    survey: Cuts | None = None,
+) -> Merged:
+    """Merge task vectors so that every kept singular feature keeps its strength.
+
+    Args:
+        task_vectors: tuned minus base, one per task.
+        options: see `StfOptions`.
+        kind: only linear maps and convolutions are solved for.
+        base: the base weight; needed for `matrices: finetuned` alone.
+        survey: this tensor's cuts; when not given, each task vector is trimmed by itself.
+
+    Returns:
+        The merged task vector; for matrices with the system's size, rank, residual and conditioning.
+    """
+    solves = kind in MATRIX_KINDS and not _is_depthwise(kind, task_vectors.shape[1:])
+    if options.matrices == "finetuned" and solves:
+        if base is None:
+            raise ValueError("matrices='finetuned' needs the base")
+        tuned = task_vectors + base
+        merged = _merge_stack(tuned, kind, options)
+        return Merged(merged.tensor - base, merged.stats, merged.cautions)
+    trims = kind is not Kind.NORM or options.trim_norm
+    if not trims:
+        trimmed = task_vectors
+    elif survey is not None:
+        trimmed = apply_cuts(task_vectors, survey)
+    else:
+        trimmed = keep_largest(task_vectors, options.density)
+    if kind is Kind.NORM:
+        return Merged(trimmed.mean(dim=0))  # unscaled, as the paper does for norms
+    if not solves:
+        return Merged(options.scaling_factor * trimmed.sum(dim=0))
+    merged = _merge_stack(trimmed, kind, options)
+    return Merged(options.scaling_factor * merged.tensor, merged.stats, merged.cautions)
+
+
+def superpose_features(tasks: Sequence[Features], *, ridge: float = 0.0, solver: Solver = "auto") -> Superposition:
+    """Solve for the matrix of smallest norm that answers every feature of every task with its strength.
+
+    Equation (3) of the paper: (U o V) alpha = s, with its diagonal blocks known to be the identity and each block
+    beside it formed once.
+
+    Args:
+        tasks: each task's features, all of one outer shape; at least one task has some.
+        ridge: weight on the squared norm of the result.
+        solver: see `solve_psd`.
+
+    Returns:
+        The matrix, and how well it answers.
+    """
+    u = torch.cat([task.u for task in tasks], dim=1)
+    vh = torch.cat([task.vh for task in tasks])
+    s = torch.cat([task.s for task in tasks])
+    gram = _gram_matrix(tasks)
+    solution = solve_psd(gram, s, ridge=ridge, solver=solver)
+    misses = (gram @ solution.x.to(gram) - s).abs() / s.max()
+    worst = float(misses.max())
+    conflicting: tuple[int, ...] = ()
+    if ridge == 0 and worst > 100 * TOLERANCE[s.dtype]:
+        by_task = misses.split([task.count for task in tasks])
+        conflicting = tuple(i for i, part in enumerate(by_task) if len(part) and float(part.max()) > 0.5 * worst)
+    return Superposition((u * solution.x) @ vh, len(s), solution, worst, conflicting)
+
+
+def _merge_stack(matrices: Float[Tensor, "tasks *shape"], kind: Kind, options: StfOptions) -> Merged:
+    """Merge one matrix per task, or, for a stack of linear maps (experts), one after the other."""
+    if kind is not Kind.LINEAR or matrices.ndim != 4:
+        return _merge_matrices(matrices.flatten(2), options, matrices.shape[1:])
+    merged = [_merge_matrices(member, options, member.shape[1:]) for member in matrices.unbind(1)]
+    stats = {
+        "features": sum(int(member.stats["features"]) for member in merged),
+        "rank": sum(int(member.stats["rank"]) for member in merged),
+        "residual": max(float(member.stats["residual"]) for member in merged),
+        "condition": max(float(member.stats["condition"]) for member in merged),
+    }
+    cautions = tuple(dict.fromkeys(caution for member in merged for caution in member.cautions))
+    return Merged(torch.stack([member.tensor for member in merged]), stats, cautions)
+
+
+def _merge_matrices(matrices: Float[Tensor, "tasks out in_"], options: StfOptions, shape: torch.Size) -> Merged:
+    """Superpose the features of one matrix per task."""
+    tasks = [_features(matrix, options) for matrix in matrices]
+    present = [index for index, task in enumerate(tasks) if task.count]
+    if len(present) == 0:
+        stats = {"features": 0, "rank": 0, "residual": 0.0, "condition": 1.0}
+        return Merged(matrices.new_zeros(shape), stats)
+    if len(present) == 1 and options.ridge == 0:
+        # One task answers to nobody else: its own matrix, without the rounding of a decomposition.
+        task = tasks[present[0]]
+        matrix = matrices[present[0]] if _keeps_all_features(options) else task.matrix()
+        stats = {"features": task.count, "rank": task.count, "residual": 0.0, "condition": 1.0}
+        return Merged(matrix.reshape(shape), stats)
+    found = superpose_features(tasks, ridge=options.ridge, solver=options.solver)
+    stats = {
+        "features": found.features,
+        "rank": found.solution.rank,
+        "residual": found.solution.residual,
+        "condition": found.solution.condition,
+        "worst": found.worst,
+        "solver": found.solution.solver,
+    }
+    return Merged(found.matrix.reshape(shape), stats, _cautions(found, present))
+
+
+def _features(matrix: Float[Tensor, "out in_"], options: StfOptions) -> Features:
+    """Return the features of one task that take part."""
+    features = without_ends(thin_svd(matrix), options.remove_smallest, options.remove_largest)
+    return leading(features, options.rank, options.energy)
+
+
+def _keeps_all_features(options: StfOptions) -> bool:
+    return options.rank is None and options.energy == 1 and options.remove_smallest == 0 and options.remove_largest == 0
+
+
+def _gram_matrix(tasks: Sequence[Features]) -> Float[Tensor, "features features"]:
+    """Return G_ab = (u_a . u_b)(v_a . v_b): identity within a task, each block between two tasks formed once."""
+    counts = [task.count for task in tasks]
+    starts = [sum(counts[:index]) for index in range(len(counts))]
+    gram = torch.eye(sum(counts), dtype=tasks[0].s.dtype, device=tasks[0].s.device)
+    for i, (first, row) in enumerate(zip(tasks, starts, strict=True)):
+        for second, column in zip(tasks[i + 1 :], starts[i + 1 :], strict=True):
+            block = (first.u.T @ second.u).mul_(first.vh @ second.vh.T)
+            gram[row : row + first.count, column : column + second.count] = block
+            gram[column : column + second.count, row : row + first.count] = block.T
+    return gram
+
+
+def _cautions(found: Superposition, present: Sequence[int]) -> tuple[Caution, ...]:
+    if found.conflicting:
+        return (
+            Caution(
+                f"tasks contradict each other on a shared feature: the least-squares answer misses it by"
+                f" {found.worst:.2g} of the strongest; a ridge of 0.001 to 0.1 makes such answers smooth",
+                found.conflicting,
+            ),
+        )
+    if found.solution.condition > NEARLY_PARALLEL:
+        return (
+            Caution(
+                f"features of the tasks are nearly parallel (condition {found.solution.condition:.2g}):"
+                " the merge may be large along them; a ridge of 0.001 to 0.1 bounds it",
+                tuple(present),
+            ),
+        )
+    return ()
+
+
+def _is_depthwise(kind: Kind, shape: Sequence[int]) -> bool:
+    """A kernel with one input channel per group is no matrix that acts on one input."""
+    return kind is Kind.CONV and shape[1] == 1
