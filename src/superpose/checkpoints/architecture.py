@@ -1,0 +1,166 @@
+"""What a model's tensors are, told by its modules: transformers builds the model without weights.
+
+The names of a model in memory can differ from those in its files; transformers' own renaming connects the two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from superpose.kinds import Kind
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the modules of a model say.
+
+    Args:
+        kinds: tensor name, as in the files, to kind.
+        groups: names of grouped convolutions' weights, to their number of groups.
+        tied: names that share another tensor's memory, to that tensor's name.
+        reason: why nothing is known, "" when something is.
+    """
+
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    groups: Mapping[str, int] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    reason: str = ""
+
+
+def read_architecture(folder: Path | None, config: Mapping[str, Any]) -> Architecture:
+    """Return what the modules of the model in a folder say about its tensors.
+
+    Args:
+        folder: where config.json lies; None for a bare weight file.
+        config: its content.
+
+    Returns:
+        Kinds, groups and ties; empty, with the reason, where transformers is missing or does not know the model.
+    """
+    if folder is None or "model_type" not in config:
+        return Architecture(reason="no config.json with a model_type")
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return Architecture(reason="transformers is not installed (pip install 'superpose[transformers]')")
+    names = config.get("architectures") or []
+    model_class = getattr(transformers, str(names[0]), None) if names else transformers.AutoModel
+    if model_class is None:
+        return Architecture(reason=f"transformers {transformers.__version__} has no {names[0]}")
+    # A library for a thousand architectures fails in as many ways, none of which should stop a merge: names and shapes
+    # tell kinds too. The plan shows the reason.
+    try:
+        with _quietly(), torch.device("meta"):
+            loaded = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+            build = getattr(model_class, "_from_config", None) or model_class.from_config
+            model = build(loaded)
+            return _read_modules(model)
+    except Exception as error:
+        return Architecture(reason=f"transformers could not build it: {str(error).strip().partition(chr(10))[0][:120]}")
+
+
+def _read_modules(model: nn.Module) -> Architecture:
+    # Tensors are told apart by identity, so all of them have to stay alive while names are looked up.
+    as_saved = _state_as_saved(model)
+    names: dict[int, list[str]] = {}
+    for name, tensor in as_saved.items():
+        names.setdefault(id(tensor), []).append(name)
+    kinds: dict[str, Kind] = {}
+    groups: dict[str, int] = {}
+    heads = _head_modules(model)
+    for module in model.modules():
+        for parameter_name, tensor in module.named_parameters(recurse=False):
+            kind = _kind(module, parameter_name, tensor, module in heads)
+            for name in names.get(id(tensor), ()):
+                if kind is not None:
+                    kinds.setdefault(name, kind)
+                if kind is Kind.CONV and parameter_name == "weight" and getattr(module, "groups", 1) > 1:
+                    groups[name] = int(getattr(module, "groups", 1))
+        for _, tensor in module.named_buffers(recurse=False):
+            for name in names.get(id(tensor), ()):
+                kinds[name] = Kind.BUFFER
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return Architecture(kinds, groups, dict(tied) if isinstance(tied, Mapping) else {})
+
+
+def _kind(module: nn.Module, parameter: str, tensor: Any, is_head: bool) -> Kind | None:
+    """Return a parameter's kind from its module, None where the module does not tell."""
+    import torch
+
+    type_name = type(module).__name__
+    if "norm" in type_name.lower():
+        return Kind.NORM
+    if is_head:
+        return Kind.HEAD
+    if isinstance(module, torch.nn.Embedding):
+        return Kind.EMBEDDING
+    linear = isinstance(module, torch.nn.Linear) or type_name == "Conv1D"
+    if parameter == "bias" and (linear or hasattr(module, "kernel_size")):
+        return Kind.BIAS
+    if linear and parameter == "weight":
+        return Kind.LINEAR
+    if hasattr(module, "kernel_size") and tensor.ndim >= 3:
+        return Kind.CONV
+    if tensor.numel() == 1:
+        return Kind.SCALAR
+    return None
+
+
+def _head_modules(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that project to a vocabulary or to classes."""
+    import torch
+
+    heads: set[nn.Module] = set()
+    find_output: Any = getattr(model, "get_output_embeddings", None)
+    output = find_output() if find_output is not None else None
+    if output is not None:
+        heads.add(output)
+    config: Any = getattr(model, "config", None)
+    labels = getattr(config, "num_labels", None)
+    body = getattr(model, "base_model", model)
+    if body is model:
+        return heads
+    inside = set(body.modules())
+    for module in model.modules():
+        outside = module not in inside and isinstance(module, torch.nn.Linear)
+        if outside and module.out_features in (labels, getattr(config, "vocab_size", None)):
+            heads.add(module)
+    return heads
+
+
+def _state_as_saved(model: Any) -> dict[str, Any]:
+    """Return the model's tensors by the names that `save_pretrained` would give them.
+
+    A tensor that the renaming puts together from several is a new one: its kind is told by name and shape.
+    """
+    state = model.state_dict(keep_vars=True)
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before transformers 5 the names are the same
+        return dict(state)
+    return dict(revert_weight_conversion(model, dict(state)))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers' messages about a model that is built only to be looked at from the user's terminal."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,208 @@
+"""A checkpoint as a user names it: a folder, a single file, or a hub id, and the headers of all its tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+import superpose.checkpoints
+from superpose.checkpoints.headers import FileHeaders, Format, TensorHeader
+from superpose.checkpoints.hub import fetch_from_hub, looks_like_hub_id
+from superpose.errors import SuperposeError, nearest
+
+LARGEST_JSON = 50_000_000
+"""Bytes; more than any config or index has."""
+# Most preferred first, as transformers does.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint, known by its headers.
+
+    Args:
+        name: what the user called it.
+        folder: where its config and tokenizer lie; None for a bare weight file.
+        revision: the commit that a hub id resolved to, "" for local ones.
+        tensors: headers by name, each tensor once.
+        aliases: other names of the same memory -> the name in `tensors`.
+        config: the content of config.json, empty if there is none.
+        problems: what is wrong with its files.
+    """
+
+    name: str
+    folder: Path | None
+    revision: str
+    tensors: Mapping[str, TensorHeader]
+    aliases: Mapping[str, str]
+    config: Mapping[str, Any]
+    problems: tuple[SuperposeError, ...]
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, in order of name."""
+        return sorted({header.file for header in self.tensors.values()})
+
+
+def open_checkpoint(location: str, *, where: str = "") -> Checkpoint:
+    """Find a checkpoint and read its headers; no tensor is read.
+
+    Args:
+        location: local folder or weight file, or a hub id `org/name[@revision]`.
+        where: who names it, for errors.
+
+    Returns:
+        The checkpoint; what is wrong with its files is in its `problems`.
+
+    Raises:
+        SuperposeError: there is nothing of that name, or no weights in it.
+    """
+    path, revision = Path(location).expanduser(), ""
+    if not path.exists():
+        if not looks_like_hub_id(location):
+            raise _not_found(location, path, where)
+        path, revision = fetch_from_hub(location)
+    if path.is_file():
+        headers = _headers_of(path)
+        return Checkpoint(location, None, revision, headers.tensors, headers.aliases, {}, headers.problems)
+    files, declared, problems = _weight_files(path)
+    tensors: dict[str, TensorHeader] = {}
+    aliases: dict[str, str] = {}
+    for file in files:
+        headers = _headers_of(file)
+        problems.extend(headers.problems)
+        for name, header in headers.tensors.items():
+            if name in tensors:
+                what = f"tensor {name} is in two files"
+                both = f"{tensors[name].file} and {file}"
+                problems.append(SuperposeError(what, where=both, mend="delete the file that is left over"))
+            tensors.setdefault(name, header)
+        aliases.update(headers.aliases)
+    for name, file in declared.items():
+        if name not in tensors and name not in aliases and file.exists() and not problems:
+            what = f"the index promises tensor {name}, the file does not have it"
+            problems.append(SuperposeError(what, where=str(file), mend="fetch or save the checkpoint again"))
+    config, config_problems = _read_config(path)
+    return Checkpoint(location, path, revision, tensors, aliases, config, tuple(problems + config_problems))
+
+
+@cache
+def formats() -> dict[str, Format]:
+    """Return the formats of weight files by suffix: those of all modules here that define `FORMAT`."""
+    found: dict[str, Format] = {}
+    for module in iter_modules(superpose.checkpoints.__path__):
+        if module.name == "folder":
+            continue
+        format_ = getattr(import_module(f"superpose.checkpoints.{module.name}"), "FORMAT", None)
+        if format_ is not None:
+            found.update(dict.fromkeys(format_.suffixes, format_))
+    return found
+
+
+def fingerprint(file: Path) -> str:
+    """Return a text that changes when a weight file does: its place, size, time of change, and first bytes."""
+    status = file.stat()
+    with file.open("rb") as stream:
+        head = hashlib.sha256(stream.read(1 << 20)).hexdigest()
+    return f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{head}"
+
+
+def read_json(file: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        SuperposeError: it is no JSON, or too large to be what it should be.
+    """
+    try:
+        if file.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"larger than {LARGEST_JSON} bytes")
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise SuperposeError(
+            f"no readable JSON: {error}", where=str(file), mend="fetch or save the file again"
+        ) from error
+
+
+def _headers_of(file: Path) -> FileHeaders:
+    known = formats()
+    if file.suffix not in known:
+        problem = SuperposeError(
+            f"'{file.suffix}' is no format of weights", where=str(file), mend=nearest(file.suffix, known)
+        )
+        return FileHeaders({}, {}, (problem,))
+    try:
+        return known[file.suffix].headers(file)
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or error}"
+        return FileHeaders({}, {}, (SuperposeError(what, where=str(file), mend="check the file and its rights"),))
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path], list[SuperposeError]]:
+    """Return the weight files of a folder, which tensors the index promises, and the problems."""
+    for name in INDEX_FILES:
+        if (folder / name).exists():
+            return _indexed_files(folder, folder / name)
+    for name in WEIGHT_FILES:
+        if (folder / name).exists():
+            return [folder / name], {}, []
+    loose = sorted(file for file in folder.iterdir() if file.suffix in formats() and file.is_file())
+    loose = [file for file in loose if file.name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
+    if len(loose) == 1:
+        return loose, {}, []
+    found = ", ".join(file.name for file in loose) or "none"
+    mend = f"name the file itself, or save the model with an index (weight files here: {found})"
+    if (folder / "adapter_config.json").exists():
+        mend = "merge the adapter into its base first: adapters cannot be merged yet"
+    raise SuperposeError(
+        f"the folder has no {' or '.join(WEIGHT_FILES)} and no index of shards", where=str(folder), mend=mend
+    )
+
+
+def _indexed_files(folder: Path, index: Path) -> tuple[list[Path], dict[str, Path], list[SuperposeError]]:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SuperposeError("the index has no weight_map", where=str(index), mend="save the checkpoint again")
+    problems, declared = [], {}
+    for tensor, name in weight_map.items():
+        # A name that is more than a name could lead anywhere.
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.\-+= ]+", name) or name.startswith("."):
+            what = f"the index sends tensor {tensor} to {name!r}, which is no file of its folder"
+            problems.append(SuperposeError(what, where=str(index), mend="do not use this checkpoint"))
+            continue
+        declared[tensor] = folder / name
+    for file in sorted(set(declared.values())):
+        if not file.exists():
+            missing = sorted(tensor for tensor, place in declared.items() if place == file)
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            what = f"shard {file.name} is missing"
+            where = f"{index}, tensor {missing[0]}{more}"
+            problems.append(SuperposeError(what, where=where, mend="fetch the shard again"))
+    return sorted({file for file in declared.values() if file.exists()}), declared, problems
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], list[SuperposeError]]:
+    file = folder / "config.json"
+    if not file.exists():
+        return {}, []
+    try:
+        config = read_json(file)
+    except SuperposeError as problem:
+        return {}, [problem]
+    return (config, []) if isinstance(config, dict) else ({}, [])
+
+
+def _not_found(location: str, path: Path, where: str) -> SuperposeError:
+    mend = "give a folder, a weight file, or a hub id org/name"
+    if path.parent.is_dir():
+        mend += f"; {nearest(path.name, [entry.name for entry in path.parent.iterdir()])}"
+    return SuperposeError(f"'{location}' does not exist", where=where, mend=mend)

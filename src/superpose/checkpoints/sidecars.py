@@ -1,0 +1,55 @@
+"""What lies beside the weights in a Hugging Face folder: config, tokenizer, preprocessing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Whole names and suffixes of files that belong to a model and hold no weights.
+NAMES = frozenset(
+    {
+        "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
+        "normalizer.json", "preprocessor_config.json", "processor_config.json", "special_tokens_map.json",
+        "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json",
+        "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm", "tekken.json",
+    }
+)  # fmt: skip
+DTYPE_WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def sidecar_files(folder: Path | None, config: Mapping[str, Any]) -> list[Path]:
+    """Return the files of a folder that the merged model takes over as they are; but config.json."""
+    if folder is None:
+        return []
+    found = [file for file in sorted(folder.iterdir()) if file.name in NAMES and file.is_file()]
+    if config.get("auto_map"):  # a model whose code comes with it; copied, never run
+        found += [file for file in sorted(folder.glob("*.py")) if file.is_file()]
+    return found
+
+
+def copy_sidecars(folder: Path | None, config: Mapping[str, Any], target: Path, dtype: str | None) -> list[str]:
+    """Copy a model's sidecars and write its config.
+
+    Args:
+        folder: the base's folder; nothing is copied when it is None.
+        config: the base's config.
+        target: where to.
+        dtype: name of the dtype that all float tensors were cast to, None if each kept its own.
+
+    Returns:
+        Names of the files written.
+    """
+    written = []
+    for file in sidecar_files(folder, config):
+        shutil.copyfile(file, target / file.name)  # contents alone: modes come from the umask
+        written.append(file.name)
+    if folder is not None and config and dtype is None:
+        shutil.copyfile(folder / "config.json", target / "config.json")
+    elif config and dtype is not None:
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        merged = {**config, key: DTYPE_WORDS[dtype]}
+        (target / "config.json").write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+    return written + (["config.json"] if config else [])

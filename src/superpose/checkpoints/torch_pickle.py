@@ -1,0 +1,110 @@
+"""PyTorch's own files (.bin, .pt, .pth): read with `weights_only`, so that no pickle is executed."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from superpose.checkpoints.headers import DTYPE_NAMES, FileHeaders, TensorHeader
+from superpose.errors import SuperposeError
+
+
+class TorchPickleReader:
+    """An open file; its tensors are views of the mapped file."""
+
+    def __init__(self, file: Path) -> None:
+        self._tensors = _state_dict(_load(file))
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor as a view of the file, contiguous."""
+        return self._tensors[name].detach().contiguous()
+
+
+class TorchPickleFormat:
+    """The zip files that `torch.save` writes, holding tensors alone."""
+
+    suffixes = (".bin", ".pt", ".pth")
+
+    def open(self, file: Path) -> TorchPickleReader:
+        """Open a file whose headers were found sound."""
+        return TorchPickleReader(file)
+
+    def headers(self, file: Path) -> FileHeaders:
+        """Return what a file declares; no tensor data is read, and nothing in it is executed."""
+        try:
+            tensors = _state_dict(_load(file))
+        except SuperposeError as problem:
+            return FileHeaders({}, {}, (problem,))
+        headers: dict[str, TensorHeader] = {}
+        aliases: dict[str, str] = {}
+        problems: list[SuperposeError] = []
+        seen: dict[tuple, str] = {}
+        for name, tensor in tensors.items():
+            place = (
+                tensor.untyped_storage().data_ptr(),
+                tensor.storage_offset(),
+                tensor.shape,
+                tensor.stride(),
+            )
+            if tensor.numel() and place in seen:
+                aliases[name] = seen[place]
+                continue
+            seen[place] = name
+            if tensor.dtype not in DTYPE_NAMES:
+                what = f"tensor {name} has the dtype {tensor.dtype}, which safetensors cannot hold"
+                problems.append(SuperposeError(what, where=str(file), mend="convert the tensor before merging"))
+                continue
+            headers[name] = TensorHeader(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), file)
+        return FileHeaders(headers, aliases, tuple(problems))
+
+
+FORMAT = TorchPickleFormat()
+
+
+def _load(file: Path) -> Any:
+    """Return what the file holds, mapped into memory.
+
+    Raises:
+        SuperposeError: it is damaged, or holds objects that would have to be executed.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise SuperposeError(
+            f"refused: the file holds more than tensors ({_names_of_globals(file) or _first_line(error)})",
+            where=str(file),
+            mend="convert it to safetensors on a machine where you trust it; superpose executes no pickle",
+        ) from error
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+        raise SuperposeError(
+            f"cannot be read as a file of torch.save: {_first_line(error)}",
+            where=str(file),
+            mend="fetch or save the file again; files of PyTorch before 1.6 must be saved anew by a newer one",
+        ) from error
+
+
+def _state_dict(loaded: Any) -> dict[str, Tensor]:
+    """Return the tensors by name, from a state dict or a mapping that holds one."""
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, Mapping):
+        return {}
+    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _names_of_globals(file: Path) -> str:
+    try:
+        return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
+    except (pickle.UnpicklingError, RuntimeError, ValueError):  # the file is worse than unsafe: unreadable
+        return ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__

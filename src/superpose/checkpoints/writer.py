@@ -1,0 +1,224 @@
+"""safetensors written as a stream: the layout is fixed first, then tensors arrive in any order, from any thread.
+
+A file is its header, known from names, dtypes and shapes alone, and room for the data at known offsets. Nothing holds
+a shard, and a restart finds every finished tensor in its place.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from superpose.checkpoints.headers import TORCH_DTYPES
+from superpose.errors import SuperposeError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor's bytes lie: file name, first byte, number of bytes."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file of the output: its name, the bytes it begins with, and its full size."""
+
+    name: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every tensor of the output goes."""
+
+    files: tuple[OutputFile, ...]
+    slots: Mapping[str, Slot]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(slot.nbytes for slot in self.slots.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.size for file in self.files)
+
+    def index(self) -> str | None:
+        """Return the text of the index file, None for a single file."""
+        if len(self.files) == 1:
+            return None
+        weight_map = {name: self.slots[name].file for name in sorted(self.slots)}
+        content = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": weight_map}
+        return json.dumps(content, indent=2) + "\n"
+
+
+def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], shard_size: int) -> Layout:
+    """Decide where tensors go, from names, dtypes and shapes alone.
+
+    Args:
+        tensors: (name, dtype name, shape) of each; their order does not matter.
+        shard_size: most bytes of tensors in a file; a larger tensor gets a file of its own.
+
+    Returns:
+        The layout: tensors in natural order of their names over the shards.
+    """
+    shards: list[list[tuple[str, str, tuple[int, ...], int]]] = [[]]
+    room = shard_size
+    for name, dtype, shape in sorted(tensors, key=lambda tensor: _natural(tensor[0])):
+        nbytes = TORCH_DTYPES[dtype].itemsize
+        for size in shape:
+            nbytes *= size
+        if shards[-1] and nbytes > room:
+            shards.append([])
+            room = shard_size
+        shards[-1].append((name, dtype, shape, nbytes))
+        room -= nbytes
+    files, slots = [], {}
+    for number, shard in enumerate(shards, 1):
+        single = len(shards) == 1
+        file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header, offsets, size = _header(shard)
+        files.append(OutputFile(file, header, size))
+        slots.update({name: Slot(file, offsets[name], nbytes) for name, _, _, nbytes in shard})
+    return Layout(tuple(files), slots)
+
+
+class StreamWriter:
+    """Writes tensors at their places in files of full size; any thread may write any part at any time.
+
+    Args:
+        folder: where the files are made, or, after an interruption, are already.
+        layout: what goes where.
+
+    Raises:
+        SuperposeError: the disk is full.
+    """
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self._layout = layout
+        self._descriptors: dict[str, int] = {}
+        try:
+            for file in layout.files:
+                self._descriptors[file.name] = _open_full_size(folder / file.name, file)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, name: str, start: int, tensor: Tensor) -> memoryview:
+        """Write a piece of a tensor at its place.
+
+        Args:
+            name: the tensor.
+            start: where in the tensor's bytes the piece begins.
+            tensor: the piece, in the output's dtype.
+
+        Returns:
+            The bytes written.
+        """
+        slot = self._layout.slots[name]
+        data = as_bytes(tensor)
+        if start + len(data) > slot.nbytes:
+            raise AssertionError(f"{name}: {start + len(data)} bytes for a place of {slot.nbytes}")
+        descriptor, place, left = self._descriptors[slot.file], slot.offset + start, data
+        while left:
+            try:
+                written = os.pwrite(descriptor, left, place)
+            except OSError as error:
+                raise _disk_error(error, slot.file) from error
+            place, left = place + written, left[written:]
+        return data
+
+    def read_back(self, name: str) -> bytes:
+        """Return the bytes that lie at a tensor's place."""
+        slot = self._layout.slots[name]
+        pieces, place, end = [], slot.offset, slot.offset + slot.nbytes
+        while place < end:
+            piece = os.pread(self._descriptors[slot.file], min(1 << 26, end - place), place)
+            if not piece:
+                break
+            pieces.append(piece)
+            place += len(piece)
+        return b"".join(pieces)
+
+    def sync(self) -> None:
+        """Bring everything written to the disk."""
+        for descriptor in self._descriptors.values():
+            os.fsync(descriptor)
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes, in little endian and row order, without copying where it is contiguous."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if not flat.numel():
+        return memoryview(b"")
+    return flat.view(torch.uint8).numpy().data.cast("B")
+
+
+def _header(shard: list[tuple[str, str, tuple[int, ...], int]]) -> tuple[bytes, dict[str, int], int]:
+    """Return a file's header, each tensor's first byte, and the file's size."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    # Wide dtypes first, so that every tensor is aligned to its own size, as readers expect.
+    ordered = sorted(shard, key=lambda tensor: (-TORCH_DTYPES[tensor[1]].itemsize, tensor[0]))
+    end, starts = 0, {}
+    for name, dtype, shape, nbytes in ordered:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        starts[name] = end
+        end += nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in starts.items()}, len(header) + end
+
+
+def _open_full_size(path: Path, file: OutputFile) -> int:
+    """Open a file, and give it its header and size if it does not have them."""
+    # Mode 0666 less the umask, like any file: a server under another user has to read it.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        sound = os.fstat(descriptor).st_size == file.size
+        if not sound or os.pread(descriptor, len(file.header), 0) != file.header:
+            os.ftruncate(descriptor, 0)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, file.size)  # a full disk shows now, not after hours
+            else:
+                os.ftruncate(descriptor, file.size)
+            os.pwrite(descriptor, file.header, 0)
+    except OSError as error:
+        os.close(descriptor)
+        raise _disk_error(error, path.name) from error
+    return descriptor
+
+
+def _disk_error(error: OSError, file: str) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return SuperposeError(
+            f"the disk is full: {error.strerror}",
+            where=file,
+            mend="free some space and run the same command again: finished tensors are kept",
+        )
+    return error
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Order by numbers as numbers: layers.2 before layers.10."""
+    pieces = re.split(r"(\d+)", name)
+    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in pieces]
