@@ -1,0 +1,184 @@
+"""One function per verb of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import superpose.methods  # noqa: F401 - registers the methods
+from superpose.checkpoints.architecture import read_architecture
+from superpose.checkpoints.folder import Checkpoint, open_checkpoint
+from superpose.checkpoints.names import kind_of
+from superpose.errors import SuperposeError
+from superpose.kinds import Kind
+from superpose.merge_tensor import Context
+from superpose.planning import Plan, Settings, make_plan, plan_tensors
+from superpose.recipe import ModelEntry, Recipe, load_recipe, parse_bytes
+from superpose.records import RunRecord
+from superpose.registry import Method, registered
+from superpose.run import Report, merge_in_memory, run_plan
+
+
+def merge(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    backend: str = "threads",
+    workers: int | None = None,
+    memory: int | str = "4GiB",
+    measure: bool = False,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> RunRecord:
+    """Merge checkpoints into a folder.
+
+    Interrupted, it goes on where it was when called again; the folder appears when it is complete.
+
+    Args:
+        recipe: a recipe, a mapping like it, or the path of a YAML file.
+        output: folder of the result.
+        device: "cpu", "cuda", "cuda:N" or "auto".
+        backend: "threads" or "serial"; the bytes are the same.
+        workers: tensors at a time; None for one per core.
+        memory: bytes in flight at most, such as "4GiB".
+        measure: whether to measure how well each task's features survive (in the record).
+        overwrite: whether an output of that name is replaced.
+        report: called with `Progress` as the merge goes on.
+
+    Returns:
+        The record, which is also in the folder as run.json.
+
+    Raises:
+        SuperposeError: the recipe, a file or a tensor is not as it should be.
+        Problems: several of them are not.
+    """
+    settings = Settings(device, backend, workers, _bytes(memory), measure, overwrite)
+    output = Path(output)
+    return run_plan(make_plan(load_recipe(recipe), settings, output), output, report)
+
+
+def plan(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    output: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    backend: str = "threads",
+    workers: int | None = None,
+    memory: int | str = "4GiB",
+    measure: bool = False,
+    overwrite: bool = False,
+) -> Plan:
+    """Plan a merge and read no tensor: every decision, or every problem at once.
+
+    Args:
+        recipe: a recipe, a mapping like it, or the path of a YAML file.
+        output: folder of the result, to check for room; may be left out.
+        device: as for `merge`.
+        backend: as for `merge`.
+        workers: as for `merge`.
+        memory: as for `merge`.
+        measure: as for `merge`.
+        overwrite: as for `merge`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        SuperposeError: the recipe or a file is not as it should be.
+        Problems: several of them are not.
+    """
+    settings = Settings(device, backend, workers, _bytes(memory), measure, overwrite)
+    return make_plan(load_recipe(recipe), settings, Path(output) if output is not None else None)
+
+
+def merge_tensors(
+    base: Mapping[str, Tensor],
+    tuned: Sequence[Mapping[str, Tensor]],
+    method: str,
+    *,
+    weights: Sequence[float] | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Merge mappings of tensors in memory, by the code that merges files.
+
+    Args:
+        base: the base's tensors, such as a state dict.
+        tuned: those of each tuned model.
+        method: name of the method.
+        weights: one per tuned model, for methods that take them.
+        kinds: what each tensor is in its network; told by names and shapes where not given.
+        seed: for methods that draw random numbers.
+        **options: options of the method.
+
+    Returns:
+        New tensors under the base's names, in its dtypes; the inputs are not touched.
+
+    Raises:
+        SuperposeError: something does not fit.
+        Problems: several things do not.
+    """
+    if not tuned:
+        raise SuperposeError("nothing to merge", where="tuned", mend="give at least one tuned model")
+    if weights is not None and len(weights) != len(tuned):
+        what = f"{len(weights)} weights for {len(tuned)} models"
+        raise SuperposeError(what, where="weights", mend="give one per model")
+    shares = [1.0] * len(tuned) if weights is None else [float(weight) for weight in weights]
+    models = tuple(
+        ModelEntry(path=f"model {number}", weight=share, name=f"model {number}")
+        for number, share in enumerate(shares, 1)
+    )
+    recipe = Recipe(base="base", models=models, method=method, options=options, seed=seed)
+    items = plan_tensors(base, tuned, recipe, kinds)
+    context = Context(recipe.task_names, tuple(shares), torch.device("cpu"), measure=False)
+    return merge_in_memory(items, context)
+
+
+def list_methods() -> list[Method]:
+    """Return every method there is, by name."""
+    return registered()
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint holds: the checkpoint, and each tensor's kind and how it is known."""
+
+    checkpoint: Checkpoint
+    kinds: Mapping[str, tuple[Kind, str]]
+    tied: Mapping[str, str]
+
+
+def inspect(location: str | Path) -> Inspection:
+    """Look at a checkpoint's headers.
+
+    Args:
+        location: folder, weight file, or hub id.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        SuperposeError: there is nothing of that name, or no weights in it.
+    """
+    checkpoint = open_checkpoint(str(location))
+    architecture = read_architecture(checkpoint.folder, checkpoint.config)
+    kinds = {}
+    for name, header in checkpoint.tensors.items():
+        known = architecture.kinds.get(name) if header.is_float else None
+        told = kind_of(name, header.shape, is_float=header.is_float)
+        kinds[name] = (known, "module") if known is not None else (told, "name")
+    return Inspection(checkpoint, kinds, {**architecture.tied, **checkpoint.aliases})
+
+
+def _bytes(memory: int | str) -> int:
+    try:
+        return parse_bytes(memory)
+    except ValueError as error:
+        raise SuperposeError(str(error), where="--memory", mend="write a size such as 4GiB") from error

@@ -1,0 +1,98 @@
+"""Which kind each tensor is of, and which rule, method and options it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import superpose.methods  # noqa: F401 - registers the methods
+from superpose.checkpoints.architecture import Architecture
+from superpose.checkpoints.folder import Checkpoint
+from superpose.checkpoints.names import kind_of
+from superpose.errors import SuperposeError
+from superpose.kinds import Kind
+from superpose.options import build_options
+from superpose.recipe import Recipe, Rule
+from superpose.registry import Method, find_method
+
+
+class ChosenMethods:
+    """The recipe's method and options, and those of its rules, built once.
+
+    Args:
+        recipe: what was asked for.
+        problems: what is wrong is added to it.
+    """
+
+    def __init__(self, recipe: Recipe, problems: list[SuperposeError]) -> None:
+        self._found: dict[int | None, tuple[Method, Any]] = {}
+        self._problems = problems
+        weighted = any(entry.weight != 1 for entry in recipe.models)
+        for number, rule in enumerate([None, *recipe.rules]):
+            if rule is not None and not (rule.method or rule.options):
+                continue
+            name = (rule and rule.method) or recipe.method
+            given = {**(recipe.options if name == recipe.method else {}), **(rule.options if rule else {})}
+            where = f"rule {number}, method {name}" if rule else f"method {name}"
+            self._add(rule, name, given, where, weighted)
+        if sum(entry.weight for entry in recipe.models) == 0 and "average" in {
+            method.name for method, _ in self._found.values()
+        }:
+            problems.append(
+                SuperposeError("the weights add up to zero", where="method average", mend="give other weights")
+            )
+
+    def of(self, rule: Rule | None) -> tuple[Method, Any]:
+        """Return the method and options for tensors of a rule, None for the recipe's own."""
+        return self._found[id(rule) if rule is not None else None]
+
+    def _add(self, rule: Rule | None, name: str, given: Mapping[str, Any], where: str, weighted: bool) -> None:
+        try:
+            method = find_method(name, where=where)
+        except SuperposeError as problem:
+            self._problems.append(problem)
+            return
+        options, problems = build_options(method.options, given, where=where, owner=f"method {name}")
+        self._problems += problems
+        if method.needs:
+            what = f"method {name} needs {', '.join(sorted(method.needs))}"
+            self._problems.append(SuperposeError(what, where=where, mend="choose a method that needs weights only"))
+        if weighted and "weights" not in method.wants:
+            what = f"method {name} has no weights per model"
+            self._problems.append(SuperposeError(what, where=where, mend="leave the models' weights at 1"))
+        self._found[id(rule) if rule is not None else None] = (method, options)
+
+
+def choose_kinds(base: Checkpoint, architecture: Architecture, rules: Sequence[Rule]) -> dict[str, tuple[Kind, str]]:
+    """Return each tensor's kind and how it is known: by a rule, by its module, else by name and shape."""
+    kinds = {}
+    for name, header in base.tensors.items():
+        rule = next((rule for rule in rules if rule.sets_kind and rule.applies(name, None)), None)
+        if rule is not None and rule.kind is not None and header.is_float:
+            kinds[name] = rule.kind, "rule"
+        elif name in architecture.kinds and header.is_float:
+            kinds[name] = architecture.kinds[name], "module"
+        else:
+            kinds[name] = kind_of(name, header.shape, is_float=header.is_float), "name"
+    return kinds
+
+
+def acting_rule(name: str, kind: Kind, rules: Sequence[Rule]) -> Rule | None:
+    """Return the first rule that does something to a tensor."""
+    return next((rule for rule in rules if not rule.sets_kind and rule.applies(name, kind)), None)
+
+
+def is_kept(name: str, kind: Kind, rules: Sequence[Rule]) -> bool:
+    """Whether a rule keeps the base's tensor."""
+    rule = acting_rule(name, kind, rules)
+    return rule is not None and (rule.keep is not None or rule.drop)
+
+
+def is_dropped(name: str, rules: Sequence[Rule]) -> bool:
+    """Whether a rule leaves out a tensor that the base does not have."""
+    return any(rule.drop and rule.match and rule.applies(name, None) for rule in rules)
+
+
+def is_tied_copy(name: str, tied: Mapping[str, str], base: Checkpoint) -> bool:
+    """A second name of a tensor that is there under its own: written once, tied again on loading."""
+    return name in tied and tied[name] in base.tensors and tied[name] != name

@@ -1,0 +1,234 @@
+"""One tensor of the output: where it comes from, what happens to it, what it takes, what its bytes depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from superpose.checkpoints.architecture import Architecture
+from superpose.checkpoints.folder import fingerprint
+from superpose.checkpoints.headers import DTYPE_NAMES, TensorHeader
+from superpose.checkpoints.names import fused_parts
+from superpose.kinds import MATRIX_KINDS, Kind
+from superpose.planning.choices import ChosenMethods, acting_rule
+from superpose.recipe import Recipe
+from superpose.registry import Cost, find_method
+
+CHUNK = 1 << 19
+"""Entries of a tensor in flight at a time, where a method works entry by entry: small enough for the caches."""
+SURVEY_CHUNK = 1 << 20
+"""The same for surveys, whose counts cost a pass over all bins per chunk."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a merge is run; nothing here changes a byte of the result, but for the device.
+
+    Args:
+        device: "cpu", "cuda", "cuda:N" or "auto".
+        backend: name of a backend.
+        workers: tensors at a time; None for one per core.
+        memory: bytes in flight at most, over all workers.
+        measure: whether to measure how well each task's features survive.
+        overwrite: whether a finished output of that name is replaced.
+    """
+
+    device: str = "cpu"
+    backend: str = "threads"
+    workers: int | None = None
+    memory: int = 4 * 2**30
+    measure: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """One tensor of the output: where it comes from, what happens to it, where it goes.
+
+    Args:
+        name: in the output.
+        kind: what it is in its network.
+        kind_from: "module", "name" or "rule".
+        action: "merge", or "copy" from the base.
+        why: reason for a copy, "" for a merge.
+        method: name of its method, "" for a copy.
+        options: of the method.
+        shape: its dimensions.
+        dtype: of the output, as safetensors names it.
+        compute: dtype of the arithmetic.
+        base: the base's tensor.
+        tuned: the tuned models' tensors, in the recipe's order; None where one does not have it.
+        parts: axis and sizes of the maps that a fused projection is split into.
+        memory: bytes in flight while it is worked on.
+        flops: floating point operations.
+        key: digest of everything that its bytes depend on.
+    """
+
+    name: str
+    kind: Kind
+    kind_from: str
+    action: Literal["merge", "copy"]
+    why: str
+    method: str
+    options: Any
+    shape: tuple[int, ...]
+    dtype: str
+    compute: torch.dtype
+    base: TensorHeader
+    tuned: tuple[TensorHeader | None, ...]
+    parts: tuple[int, tuple[int, ...]] | None
+    memory: int = 0
+    flops: float = 0.0
+    key: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return prod(self.shape)
+
+    @property
+    def streams(self) -> bool:
+        """Whether it can be merged piece by piece."""
+        return self.action == "copy" or not find_method(self.method).sees_whole(self.kind)
+
+
+def make_item(
+    header: TensorHeader,
+    kind: Kind,
+    kind_from: str,
+    sources: tuple[TensorHeader | None, ...],
+    recipe: Recipe,
+    chosen: ChosenMethods,
+    architecture: Architecture,
+) -> WorkItem:
+    """Decide what happens to one tensor.
+
+    Args:
+        header: the base's tensor.
+        kind: what it is in its network.
+        kind_from: how that is known.
+        sources: the tuned models' tensors.
+        recipe: what was asked for.
+        chosen: methods and options.
+        architecture: for the groups of convolutions.
+
+    Returns:
+        The item, its cost and key still open.
+    """
+    rule = acting_rule(header.name, kind, recipe.rules)
+    why, method_name, options = "", "", None
+    statistics = header.name.endswith(("running_mean", "running_var"))
+    if rule is not None and (rule.keep or rule.drop):
+        why, sources = f"rule {{{rule}}}", ()
+    elif not header.is_float:
+        why = "not a number that can be merged"
+    elif kind is Kind.BUFFER and statistics and all(sources):
+        # Task arithmetic on running variances can make them negative; their mean cannot.
+        method_name, options = "average", find_method("average").options()
+    elif kind is Kind.BUFFER:
+        why = "buffer"
+    else:
+        method, options = chosen.of(rule if rule is not None and (rule.method or rule.options) else None)
+        method_name = method.name
+    dtypes = [header.dtype, *(source.dtype for source in sources if source)]
+    dtype = header.dtype
+    if recipe.dtype != "base" and header.is_float:
+        dtype = DTYPE_NAMES[getattr(torch, recipe.dtype)]
+    parts = fused_parts(header.name, header.shape)
+    groups = architecture.groups.get(header.name, 1)
+    if 1 < groups < header.shape[0] and header.shape[1] > 1:
+        parts = 0, (header.shape[0] // groups,) * groups
+    return WorkItem(
+        name=header.name,
+        kind=kind,
+        kind_from=kind_from,
+        action="merge" if method_name else "copy",
+        why=why,
+        method=method_name,
+        options=options,
+        shape=header.shape,
+        dtype=dtype,
+        compute=torch.float64 if "F64" in dtypes else torch.float32,
+        base=header,
+        tuned=sources,
+        parts=parts if method_name else None,
+    )
+
+
+def with_cost(item: WorkItem, settings: Settings) -> WorkItem:
+    """Return the item with what it takes in memory and arithmetic."""
+    tasks, wide = len(item.tuned), item.compute.itemsize
+    if item.action == "copy":
+        return replace(item, memory=min(item.base.nbytes, CHUNK * 8), flops=float(item.numel))
+    method = find_method(item.method)
+    measures = settings.measure and item.kind in MATRIX_KINDS
+    if item.streams and not measures:
+        # Stacked task vectors, as much again for trimming, a few temporaries; surveys take larger pieces.
+        piece = min(item.numel, SURVEY_CHUNK if method.survey else CHUNK)
+        return replace(item, memory=piece * wide * (2 * tasks + 4), flops=20.0 * item.numel * tasks)
+    share = prod(item.shape) if item.parts is None else prod(item.shape) // len(item.parts[1])
+    shape = _part_shape(item)
+    cost = method.cost(shape, tasks, item.options) if method.cost else Cost(3 * wide * share * (tasks + 1), 20.0)
+    memory = cost.memory + wide * share * (tasks + 3)
+    if measures:
+        memory += 8 * share * (tasks + 3)
+    return replace(item, memory=memory, flops=cost.flops * (len(item.parts[1]) if item.parts else 1))
+
+
+def _part_shape(item: WorkItem) -> tuple[int, ...]:
+    if item.parts is None:
+        return item.shape
+    axis, sizes = item.parts
+    return (*item.shape[:axis], max(sizes), *item.shape[axis + 1 :])
+
+
+def with_keys(
+    items: Sequence[WorkItem], recipe: Recipe, weights: Sequence[float], settings: Settings
+) -> list[WorkItem]:
+    """Name each item by everything that its bytes depend on, so that a restart knows what is done."""
+    files = {header.file for item in items for header in (item.base, *item.tuned) if header}
+    prints = {file: fingerprint(file) for file in files}
+    common = [code_digest(), torch.__version__, settings.device, settings.measure, recipe.seed, list(weights)]
+
+    def sources(item: WorkItem) -> list[Any]:
+        return [(prints[header.file], header.name) if header else None for header in (item.base, *item.tuned)]
+
+    surveyed: dict[tuple[str, Any], str] = {}
+    for item in items:
+        group = (item.method, item.options)
+        if item.action == "merge" and find_method(item.method).survey and group not in surveyed:
+            members = [(other.name, sources(other)) for other in items if (other.method, other.options) == group]
+            surveyed[group] = _digest(members)
+    return [
+        replace(
+            item,
+            key=_digest(
+                [common, item.name, item.kind, item.action, item.method, item.options and asdict(item.options),
+                 item.dtype, str(item.compute), item.parts, sources(item),
+                 surveyed.get((item.method, item.options))]
+            ),
+        )
+        for item in items
+    ]  # fmt: skip
+
+
+@cache
+def code_digest() -> str:
+    """Return a digest of superpose's own code: a changed formula must not be mixed with older results."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,205 @@
+"""The plan of a merge: a recipe and its checkpoints, understood; no tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from superpose.checkpoints.architecture import Architecture, read_architecture
+from superpose.checkpoints.compare import align
+from superpose.checkpoints.folder import Checkpoint, open_checkpoint
+from superpose.checkpoints.headers import DTYPE_NAMES, TensorInMemory
+from superpose.checkpoints.names import kind_of
+from superpose.checkpoints.writer import Layout, lay_out
+from superpose.errors import SuperposeError, raise_all
+from superpose.kinds import Kind
+from superpose.planning.checks import check_backend, check_device, check_output, check_room
+from superpose.planning.choices import ChosenMethods, choose_kinds, is_dropped, is_kept, is_tied_copy
+from superpose.planning.items import Settings, WorkItem, make_item, with_cost, with_keys
+from superpose.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision of a merge.
+
+    Args:
+        recipe: what was asked for.
+        settings: how it will be run.
+        base: the base checkpoint.
+        tuned: the tuned ones.
+        items: one per tensor of the output, by name.
+        layout: where each tensor goes.
+        weights: one per tuned model.
+        notes: what was assumed, in words.
+    """
+
+    recipe: Recipe
+    settings: Settings
+    base: Checkpoint
+    tuned: tuple[Checkpoint, ...]
+    items: tuple[WorkItem, ...]
+    layout: Layout
+    weights: tuple[float, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all tensors that are read once."""
+        headers = [header for item in self.items for header in (item.base, *item.tuned) if header]
+        return sum(header.nbytes for header in headers)
+
+    @property
+    def memory(self) -> int:
+        """Bytes in flight at most."""
+        largest = max((item.memory for item in self.items), default=0)
+        workers = self.settings.workers or torch.get_num_threads()
+        busiest = sum(sorted((item.memory for item in self.items), reverse=True)[:workers])
+        return max(largest, min(busiest, self.settings.memory))
+
+    @property
+    def time_class(self) -> str:
+        """How long it takes, roughly: seconds, minutes or hours."""
+        seconds = sum(item.flops for item in self.items) / 2e10 + (self.bytes_read + self.layout.file_bytes) / 5e8
+        return "seconds" if seconds < 60 else "minutes" if seconds < 3600 else "hours"
+
+
+def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) -> Plan:
+    """Plan a merge.
+
+    Args:
+        recipe: what is merged, how, and into what.
+        settings: how it will be run.
+        output: folder of the result; checked for room when given.
+
+    Returns:
+        The plan.
+
+    Raises:
+        SuperposeError: something does not fit.
+        Problems: several things do not; all that headers show are in it.
+    """
+    problems: list[SuperposeError] = []
+    problems += check_device(settings)
+    problems += check_backend(settings)
+    chosen = ChosenMethods(recipe, problems)
+    base, tuned = _open_all(recipe, problems)
+    if base is not None and output is not None:
+        problems += check_output(base, tuned, output, overwrite=settings.overwrite)
+    if base is None:
+        raise_all(problems)
+        raise AssertionError("no base and no problem")
+    architecture = read_architecture(base.folder, base.config)
+    kinds = choose_kinds(base, architecture, recipe.rules)
+    tied = {**architecture.tied, **base.aliases}
+    notes = [f"kinds are told by names and shapes: {architecture.reason}"] if architecture.reason else []
+    names = [name for name in sorted(base.tensors) if not is_tied_copy(name, tied, base)]
+    wanted = {name: kinds[name][0] for name in names if not is_kept(name, kinds[name][0], recipe.rules)}
+    alignments = []
+    for checkpoint in tuned:
+        found = align(base, checkpoint, wanted, tied=tied, dropped=lambda name: is_dropped(name, recipe.rules))
+        alignments.append(found.sources)
+        problems += found.problems
+        notes += found.notes
+    raise_all(problems)
+    weights = tuple(entry.weight for entry in recipe.models)
+    items = []
+    for name in names:
+        header, (kind, kind_from) = base.tensors[name], kinds[name]
+        sources = tuple(found.get(name) for found in alignments)
+        items.append(make_item(header, kind, kind_from, sources, recipe, chosen, architecture))
+    items = [with_cost(item, settings) for item in items]
+    items = with_keys(items, recipe, weights, settings)
+    layout = lay_out([(item.name, item.dtype, item.shape) for item in items], recipe.output.shard_size)
+    raise_all(check_room(layout, output))
+    notes += _notes(items, tied, base, settings)
+    return Plan(recipe, settings, base, tuple(tuned), tuple(items), layout, weights, tuple(notes))
+
+
+def plan_tensors(
+    base: Mapping[str, Tensor],
+    tuned: Sequence[Mapping[str, Tensor]],
+    recipe: Recipe,
+    kinds: Mapping[str, Kind] | None,
+) -> list[WorkItem]:
+    """Plan a merge of tensors in memory.
+
+    Args:
+        base: the base's tensors.
+        tuned: those of each tuned model.
+        recipe: method, options and weights; its paths are not read.
+        kinds: what each tensor is; told by names and shapes where not given.
+
+    Returns:
+        One item per tensor, by name.
+
+    Raises:
+        SuperposeError: something does not fit.
+        Problems: several things do not.
+    """
+    problems: list[SuperposeError] = []
+    chosen = ChosenMethods(recipe, problems)
+    checkpoints = [_in_memory("base", base)]
+    checkpoints += [_in_memory(name, tensors) for name, tensors in zip(recipe.task_names, tuned, strict=True)]
+    known: dict[str, tuple[Kind, str]] = {}
+    for name, header in checkpoints[0].tensors.items():
+        given = (kinds or {}).get(name)
+        told = kind_of(name, header.shape, is_float=header.is_float)
+        known[name] = (Kind(given), "rule") if given is not None and header.is_float else (told, "name")
+    wanted = {name: kind for name, (kind, _) in known.items()}
+    found = []
+    for checkpoint in checkpoints[1:]:
+        alignment = align(checkpoints[0], checkpoint, wanted, tied={}, dropped=lambda _: False)
+        problems += alignment.problems
+        found.append(alignment.sources)
+    raise_all(problems)
+    items = [
+        make_item(header, kind, kind_from, tuple(part.get(name) for part in found), recipe, chosen, Architecture())
+        for name, header in sorted(checkpoints[0].tensors.items())
+        for kind, kind_from in [known[name]]
+    ]
+    return [with_cost(item, Settings()) for item in items]
+
+
+def _in_memory(name: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
+    headers = {
+        key: TensorInMemory(key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), Path(name), tensor.detach())
+        for key, tensor in tensors.items()
+    }
+    return Checkpoint(name, None, "", headers, {}, {}, ())
+
+
+def _open_all(recipe: Recipe, problems: list[SuperposeError]) -> tuple[Checkpoint | None, list[Checkpoint]]:
+    opened: list[Checkpoint | None] = []
+    for place, location in [("base", recipe.base), *((f"model {e.path}", e.path) for e in recipe.models)]:
+        try:
+            checkpoint = open_checkpoint(location, where=place)
+        except SuperposeError as problem:
+            problems.append(problem)
+            opened.append(None)
+            continue
+        problems += checkpoint.problems
+        if checkpoint.config.get("quantization_config"):
+            mend = "merge the unquantised weights and quantise the result"
+            where = f"{checkpoint.folder}/config.json"
+            problems.append(SuperposeError("the checkpoint is quantised", where=where, mend=mend))
+        opened.append(checkpoint)
+    return opened[0], [checkpoint for checkpoint in opened[1:] if checkpoint is not None]
+
+
+def _notes(items: Sequence[WorkItem], tied: Mapping[str, str], base: Checkpoint, settings: Settings) -> list[str]:
+    notes = []
+    large = [item for item in items if item.memory > settings.memory]
+    if large:
+        most = max(item.memory for item in large) / 2**30
+        notes.append(f"{len(large)} tensors need more than --memory each, up to {most:.1f} GiB: they are merged alone")
+    copies = [name for name in base.tensors if is_tied_copy(name, tied, base)]
+    if copies:
+        notes.append(f"tied weights are written once, without {', '.join(sorted(copies))}")
+    if any(item.method == "average" and item.kind is Kind.BUFFER for item in items):
+        notes.append("running statistics of normalisation are averaged; measuring them anew on data is better")
+    return notes

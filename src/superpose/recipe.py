@@ -1,0 +1,246 @@
+"""A recipe: what is merged, how, and into what. YAML or a mapping in, a frozen `Recipe` out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from superpose.errors import SuperposeError, nearest, raise_all
+from superpose.kinds import Kind
+
+DTYPES = ("base", "float64", "float32", "float16", "bfloat16")
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Return a number of bytes from text such as "4GiB", "250M" or "5 GB".
+
+    Raises:
+        ValueError: the text is no size.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        number, unit = float(text), ""
+    else:
+        match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", str(text).lower())
+        if match is None or match[2] not in _UNITS:
+            raise ValueError(f"'{text}' is no size; write 4GiB, 250MB or a number of bytes")
+        number, unit = float(match[1]), match[2]
+    if number <= 0:
+        raise ValueError(f"'{text}' is no size above zero")
+    return int(number * _UNITS[unit])
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelEntry(_Strict):
+    """One tuned model."""
+
+    path: str
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    name: str = ""
+
+
+class Rule(_Strict):
+    """One rule about tensors: the first that matches wins.
+
+    A rule with `match` and `kind` alone says what kind those tensors are. In a rule that does something (keep, drop,
+    method, options), `match` and `kind` are conditions.
+    """
+
+    match: str | None = None
+    kind: Kind | None = None
+    keep: Literal["base"] | None = None
+    drop: bool = False
+    method: str | None = None
+    options: dict[str, Any] = {}
+
+    @property
+    def sets_kind(self) -> bool:
+        """Whether the rule says what kind tensors are, and nothing else."""
+        return self.kind is not None and not (self.keep or self.drop or self.method or self.options)
+
+    def applies(self, name: str, kind: Kind | None) -> bool:
+        """Whether the rule's conditions hold for a tensor."""
+        named = self.match is None or fnmatchcase(name, self.match)
+        return named and (self.sets_kind or self.kind is None or self.kind is kind)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Rule:
+        if self.match is None and self.kind is None:
+            raise ValueError("a rule needs match, kind, or both")
+        if self.sets_kind and self.match is None:
+            raise ValueError("a rule with kind alone does nothing; add match, or one of keep, method, options")
+        if not (self.kind or self.keep or self.drop or self.method or self.options):
+            raise ValueError("a rule needs something to do: kind, keep, drop, method or options")
+        return self
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{key}: {value}" for key, value in self.model_dump(exclude_defaults=True, mode="json").items()
+        )
+
+
+class Output(_Strict):
+    """What the merged checkpoint looks like."""
+
+    form: Literal["model"] = "model"
+    shard_size: Annotated[int, BeforeValidator(parse_bytes)] = 5 * 10**9
+    tokenizer: Literal["base"] = "base"
+
+
+class Recipe(_Strict):
+    """What is merged, how, and into what."""
+
+    base: str
+    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    method: str = "stf"
+    options: dict[str, Any] = {}
+    rules: tuple[Rule, ...] = ()
+    dtype: Literal["base", "float64", "float32", "float16", "bfloat16"] = "base"
+    seed: int = 0
+    output: Output = Output()
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> Recipe:
+        names = [entry.name for entry in self.models if entry.name]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two models are named {sorted(repeated)[0]}")
+        return self
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """One distinct name per model: its own, or the last part of its path."""
+        names: list[str] = []
+        for entry in self.models:
+            name = entry.name or Path(entry.path.partition("@")[0]).name or "model"
+            taken, number = name, 2
+            while taken in names:
+                taken, number = f"{name}-{number}", number + 1
+            names.append(taken)
+        return tuple(names)
+
+
+def load_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """Return a recipe from a mapping, or from a YAML file.
+
+    Raises:
+        SuperposeError: it cannot be read, or has keys or values that a recipe does not have.
+    """
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, Mapping):
+        return _validate(dict(source), "the recipe", {})
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        mend = "give the path of a YAML file"
+        raise SuperposeError(f"the recipe cannot be read: {error}", where=str(path), mend=mend) from error
+    try:
+        node = yaml.compose(text, Loader=_RecipeLoader)
+        content = yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        what = f"no valid YAML: {getattr(error, 'problem', None) or error}"
+        raise SuperposeError(what, where=where, mend="mend the line") from error
+    if not isinstance(content, dict):
+        raise SuperposeError("a recipe is a mapping", where=str(path), mend="begin with base: and models:")
+    if "merge_method" in content:
+        raise SuperposeError(
+            "this looks like a mergekit recipe, which cannot be read yet",
+            where=str(path),
+            mend="write base:, models: [{path: ...}], method: and options: instead",
+        )
+    return _validate(content, str(path), _lines(node))
+
+
+def _validate(content: dict[str, Any], where: str, lines: Mapping[tuple, int]) -> Recipe:
+    if isinstance(content.get("models"), (list, tuple)):
+        content = {**content, "models": [_as_entry(entry) for entry in content["models"]]}
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = [_problem(dict(detail), where, lines) for detail in error.errors()]
+        raise_all(problems)
+        raise AssertionError("a validation error without details") from error
+
+
+def _as_entry(entry: Any) -> Any:
+    return {"path": str(entry)} if isinstance(entry, (str, Path)) else entry
+
+
+def _problem(detail: dict[str, Any], where: str, lines: Mapping[tuple, int]) -> SuperposeError:
+    path = tuple(detail["loc"])
+    line = next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), None)
+    place = f"{where}, line {line}" if line else where
+    dotted = ".".join(map(str, path))
+    if detail["type"] == "extra_forbidden":
+        owner = _owner(path[:-1])
+        mend = nearest(str(path[-1]), owner.model_fields)
+        return SuperposeError(f"'{dotted}' is no key of a recipe", where=place, mend=mend)
+    if detail["type"] == "missing":
+        return SuperposeError(f"'{dotted}' is missing", where=place, mend=f"add {path[-1]}: to the recipe")
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    return SuperposeError(f"{dotted or 'recipe'}: {message}", where=place, mend="choose a value as described")
+
+
+def _owner(path: tuple) -> type[BaseModel]:
+    homes: dict[Any, type[BaseModel]] = {"models": ModelEntry, "rules": Rule, "output": Output}
+    return homes.get(path[0], Recipe) if path else Recipe
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML as its users mean it: 1e-3 is a number, off is a word, a key that occurs twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} occurs twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+):
+    _RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _lines(node: yaml.Node | None, path: tuple = ()) -> dict[tuple, int]:
+    """Return the line of every key and item, by its path in the recipe."""
+    if node is None:
+        return {}
+    found = {path: node.start_mark.line + 1}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            found.update(_lines(value, (*path, key.value)))
+            found[(*path, key.value)] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for place, value in enumerate(node.value):
+            found.update(_lines(value, (*path, place)))
+    return found

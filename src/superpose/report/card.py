@@ -1,0 +1,59 @@
+"""The model card, README.md of a merged checkpoint: made from its record."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from superpose.checkpoints.hub import looks_like_hub_id
+from superpose.records import RunRecord
+
+MOST_WARNINGS = 20
+
+
+def model_card(record: RunRecord, config: Mapping[str, Any]) -> str:
+    """Return a card that says what was merged, how, and what the user should know.
+
+    The card names neither the time nor the machine: merged again, it comes out the same.
+
+    Args:
+        record: the merge.
+        config: the base's config.json.
+
+    Returns:
+        Markdown with the hub's YAML header.
+    """
+    recipe = record.recipe
+    paths = [recipe["base"], *(model["path"] for model in recipe["models"])]
+    ids = [path.partition("@")[0] for path in paths if looks_like_hub_id(path) and not Path(path).exists()]
+    header: dict[str, Any] = {"base_model": ids} if ids else {}
+    header |= {"base_model_relation": "merge", "tags": ["merge", "superpose"]}
+    if "model_type" in config:
+        header["library_name"] = "transformers"
+    kinds = Counter((tensor.kind, tensor.method or "copied from the base") for tensor in record.tensors)
+    rows = [f"| {kind} | {method} | {count} |" for (kind, method), count in sorted(kinds.items())]
+    sources = [f"| {_link(s['path'])} | {s['name']} | {s['revision'] or 'local'} |" for s in record.sources]
+    sections = [
+        "---\n" + yaml.safe_dump(header, sort_keys=False).strip() + "\n---",
+        f"# {Path(record.output).name}",
+        f"Merged by `{recipe['method']}` with superpose {record.versions['superpose']}, without training.",
+        "## Models\n\n| model | role | revision |\n|---|---|---|\n" + "\n".join(sources),
+        "## What was done\n\n| kind | method | tensors |\n|---|---|---|\n" + "\n".join(rows),
+        "## Recipe\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False).strip() + "\n```",
+    ]
+    if record.warnings:
+        shown = [f"- {warning}" for warning in record.warnings[:MOST_WARNINGS]]
+        if len(record.warnings) > MOST_WARNINGS:
+            shown.append(f"- and {len(record.warnings) - MOST_WARNINGS} more, in `run.json`")
+        sections.append("## Warnings\n\n" + "\n".join(shown))
+    sections.append("Every tensor's kind, method, numbers and digest are in `run.json`.")
+    return "\n\n".join(sections) + "\n"
+
+
+def _link(path: str) -> str:
+    name = path.partition("@")[0]
+    return f"[{path}](https://huggingface.co/{name})" if looks_like_hub_id(path) else f"`{Path(path).name}`"

@@ -1,0 +1,327 @@
+"""Run a plan: survey passes, work items, sidecars, record, and the rename that makes the output appear."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from superpose.backends import Backend, make_backend
+from superpose.checkpoints.headers import TORCH_DTYPES
+from superpose.checkpoints.sidecars import copy_sidecars
+from superpose.checkpoints.writer import StreamWriter, as_bytes
+from superpose.errors import SuperposeError, raise_all
+from superpose.journal import LOCK_FILE, Journal, locked
+from superpose.merge_tensor import Context, close_readers, merge_item, survey_item
+from superpose.planning import Plan, WorkItem, check_output, code_digest
+from superpose.records import RECORD_FILE, RunRecord, TensorRecord
+from superpose.registry import find_method
+from superpose.report.card import model_card
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a merge has come.
+
+    Args:
+        phase: "survey" or "merge".
+        done: tensors done, in this phase.
+        total: tensors to do, in this phase.
+        bytes_done: bytes of the output, or read by the survey, done.
+        bytes_total: bytes to do.
+    """
+
+    phase: str
+    done: int
+    total: int
+    bytes_done: int
+    bytes_total: int
+
+
+Report = Callable[[Progress], None]
+
+
+def run_plan(plan: Plan, output: Path, report: Report | None = None) -> RunRecord:
+    """Run a plan.
+
+    Args:
+        plan: what to do.
+        output: folder of the result; appears when all of it is written.
+        report: called as the merge goes on.
+
+    Returns:
+        The record, which is also in the output.
+
+    Raises:
+        SuperposeError: the output exists already, another merge writes it, the disk is full, or an input holds NaN.
+    """
+    started = time.perf_counter()
+    raise_all(check_output(plan.base, plan.tuned, output, overwrite=plan.settings.overwrite))
+    partial_folder = output.with_name(output.name + ".partial")
+    _make_partial(partial_folder)
+    backend = make_backend(plan.settings.backend, plan.settings.workers, plan.settings.memory)
+    with locked(partial_folder), contextlib.closing(_Closing()):
+        journal = Journal(partial_folder)
+        _remove_strangers(plan, partial_folder)
+        with contextlib.closing(StreamWriter(partial_folder, plan.layout)) as writer:
+            finished = journal.finished(plan.items, writer)
+            records = _merge_all(plan, backend, journal, writer, finished, report or (lambda _: None))
+            writer.sync()
+        record = _make_record(plan, output, records, backend, len(finished), time.perf_counter() - started)
+        _write_sidecars(plan, partial_folder, record)
+        journal.delete()
+        (partial_folder / LOCK_FILE).unlink()
+        raise_all(check_output(plan.base, plan.tuned, output, overwrite=plan.settings.overwrite))
+        _publish(partial_folder, output)
+    return record
+
+
+class _Closing:
+    """Closes the inputs when a merge ends, however it does."""
+
+    def close(self) -> None:
+        close_readers()
+
+
+def merge_in_memory(items: Sequence[WorkItem], context: Context) -> dict[str, Tensor]:
+    """Merge tensors that are in memory, by the same passes and per-tensor code as files.
+
+    Args:
+        items: one per tensor.
+        context: what all items share.
+
+    Returns:
+        The merged tensors by name.
+    """
+    merged = {item.name: torch.empty(item.shape, dtype=TORCH_DTYPES[item.dtype]) for item in items}
+
+    def write(name: str, start: int, piece: Tensor) -> memoryview:
+        data, target = as_bytes(piece), as_bytes(merged[name])
+        target[start : start + len(data)] = data
+        return data
+
+    backend = make_backend("serial", None, 0)
+    surveys = survey_all(items, items, backend, context, lambda _: None)
+    work = partial(merge_item, surveys=surveys, context=context, write=write)
+    for _ in backend.map(work, items, [item.memory for item in items]):
+        pass
+    return merged
+
+
+def _merge_all(
+    plan: Plan,
+    backend: Backend,
+    journal: Journal,
+    writer: StreamWriter,
+    finished: Mapping[str, TensorRecord],
+    report: Report,
+) -> list[TensorRecord]:
+    """Merge what is not finished, largest first, and return all records by name."""
+    context = Context(
+        plan.recipe.task_names,
+        plan.weights,
+        torch.device(_device(plan.settings.device)),
+        plan.settings.measure,
+    )
+    waiting = [item for item in plan.items if item.name not in finished]
+    surveys = survey_all(plan.items, waiting, backend, context, report)
+    waiting.sort(key=lambda item: (-item.memory, -item.flops, item.name))
+    sizes = {item.name: plan.layout.slots[item.name].nbytes for item in plan.items}
+    records = dict(finished)
+    total = sum(sizes.values())
+
+    def work(item: WorkItem) -> TensorRecord:
+        record = merge_item(item, surveys, context, writer.write)
+        journal.add(item, record)  # by the worker: what is done is noted even if the caller stops waiting
+        return record
+
+    def tell() -> None:
+        report(Progress("merge", len(records), len(plan.items), sum(sizes[name] for name in records), total))
+
+    tell()
+    for _, record in backend.map(work, waiting, [item.memory for item in waiting]):
+        records[record.name] = record
+        tell()
+    return [records[name] for name in sorted(records)]
+
+
+def survey_all(
+    items: Sequence[WorkItem], waiting: Sequence[WorkItem], backend: Backend, context: Context, report: Report
+) -> dict[Any, Any]:
+    """Run the survey passes of every method (and options) that an unfinished item needs.
+
+    Args:
+        items: all of the model's.
+        waiting: those that are not finished.
+        backend: where it is done.
+        context: what all items share.
+        report: called as the passes go on.
+
+    Returns:
+        (method name, options) -> what the survey ended with.
+    """
+    groups: dict[Any, list[WorkItem]] = {}
+    for item in waiting:
+        if item.action == "merge" and find_method(item.method).survey is not None:
+            groups.setdefault((item.method, item.options), [])
+    for item in items:  # over all of the model, finished or not
+        if item.action == "merge" and (item.method, item.options) in groups:
+            groups[item.method, item.options].append(item)
+    states: dict[Any, Any] = {}
+    for (name, options), members in groups.items():
+        survey = find_method(name).survey
+        assert survey is not None
+        # One dtype for all tensors: thresholds are compared across them.
+        dtype = torch.float64 if any(item.compute == torch.float64 for item in members) else torch.float32
+        passes, state = survey.passes(options, dtype), None
+        numel = sum(item.numel for item in members)
+        for step in range(passes):
+            values = backend.map(
+                partial(survey_item, step=step, state=state, context=context),
+                members,
+                [item.memory for item in members],
+            )
+            total = _add_in_order(values, members, numel, step, passes, report)
+            state = survey.finish(step, total, state, options, dtype)
+        if passes:
+            states[name, options] = state
+    return states
+
+
+def _add_in_order(values, items: Sequence[WorkItem], numel: int, step: int, passes: int, report: Report) -> Any:
+    """Add values up in the order of the plan, whichever comes first."""
+    total, following, early, seen = None, 0, {}, 0
+    for index, value in values:
+        early[index] = value
+        seen += items[index].numel
+        while following in early:
+            value = early.pop(following)
+            total = value if total is None else total + value
+            following += 1
+        done = step * len(items) + following + len(early)
+        report(Progress("survey", done, passes * len(items), step * numel + seen, passes * numel))
+    return total
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def _make_partial(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()) and not (folder / LOCK_FILE).exists():
+        raise SuperposeError(
+            "this folder is in the way, and no merge of superpose made it",
+            where=str(folder),
+            mend="move it, or choose another name for the output",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SuperposeError(
+            f"the output cannot be made: {error.strerror}", where=str(folder), mend="choose another place"
+        ) from error
+
+
+def _remove_strangers(plan: Plan, folder: Path) -> None:
+    """Remove what an earlier, different merge left in its folder."""
+    known = {file.name for file in plan.layout.files} | {LOCK_FILE, "journal.jsonl"}
+    for entry in folder.iterdir():
+        if entry.name not in known:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _write_sidecars(plan: Plan, folder: Path, record: RunRecord) -> None:
+    dtype = None if plan.recipe.dtype == "base" else next((i.dtype for i in plan.items if i.base.is_float), None)
+    copy_sidecars(plan.base.folder, plan.base.config, folder, dtype)
+    index = plan.layout.index()
+    if index is not None:
+        (folder / INDEX_FILE).write_text(index, encoding="utf-8")
+    (folder / "README.md").write_text(model_card(record, plan.base.config), encoding="utf-8")
+    (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+
+
+def _publish(partial_folder: Path, output: Path) -> None:
+    """Give the finished folder its name; what had the name before goes away after."""
+    for file in partial_folder.iterdir():
+        _sync(file)
+    _sync(partial_folder)
+    replaced = output.with_name(f"{output.name}.replaced-{os.getpid()}")
+    if output.is_dir() and not any(output.iterdir()):
+        output.rmdir()
+    elif output.exists():
+        output.rename(replaced)
+    partial_folder.rename(output)
+    _sync(output.absolute().parent)
+    if replaced.is_dir():
+        shutil.rmtree(replaced)
+    else:
+        replaced.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_record(
+    plan: Plan, output: Path, records: Sequence[TensorRecord], backend: Backend, resumed: int, seconds: float
+) -> RunRecord:
+    recipe = plan.recipe.model_dump(mode="json")
+    recipe["options"] = asdict(find_method(plan.recipe.method).options(**_chosen(plan)))
+    sources = tuple(
+        {
+            "name": name,
+            "path": checkpoint.name,
+            "revision": checkpoint.revision,
+            "files": [{"name": file.name, "bytes": file.stat().st_size} for file in checkpoint.files],
+        }
+        for name, checkpoint in zip(("base", *plan.recipe.task_names), (plan.base, *plan.tuned), strict=True)
+    )
+    warnings = tuple(plan.notes) + tuple(warning for record in records for warning in record.warnings)
+    return RunRecord(
+        output=str(output),
+        recipe=recipe,
+        sources=sources,
+        versions={
+            "superpose": version("superpose"),
+            "code": code_digest(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        settings={**asdict(plan.settings), "workers": backend.workers, "arithmetic_threads_per_worker": 1},
+        tensors=tuple(records),
+        warnings=warnings,
+        totals={
+            "tensors": len(records),
+            "merged": sum(record.action == "merge" for record in records),
+            "copied": sum(record.action == "copy" for record in records),
+            "resumed": resumed,
+            "bytes_read": plan.bytes_read,
+            "bytes_written": plan.layout.file_bytes,
+            "seconds": round(seconds, 3),
+        },
+    )
+
+
+def _chosen(plan: Plan) -> dict[str, Any]:
+    """Return the options of the recipe's method as they were understood."""
+    used = next((item.options for item in plan.items if item.method == plan.recipe.method), None)
+    return asdict(used) if used is not None else {}
