@@ -62,6 +62,9 @@ class Problems(SuperposeError):
 def raise_all(problems: Sequence[SuperposeError]) -> None:
     """Raise the problems together; return when there are none.
 
+    Args:
+        problems: what was found.
+
     Raises:
         SuperposeError: the problem, if there is one.
         Problems: if there are several.

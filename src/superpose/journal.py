@@ -77,6 +77,12 @@ class Journal:
 def locked(folder: Path) -> Iterator[None]:
     """Hold a merge's folder for this process alone; the lock goes with the process, however it ends.
 
+    Args:
+        folder: `OUT.partial`.
+
+    Yields:
+        None: while the lock is held.
+
     Raises:
         SuperposeError: another merge works on it.
     """

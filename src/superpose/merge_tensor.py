@@ -63,7 +63,14 @@ class Part:
         return TensorChunks(len(self.tuned), self.base.numel(), size, self.stacked, self.context.weights)
 
     def stacked(self, start: int, stop: int) -> Tensor:
-        """Return entries start..stop of the flattened task vectors (or weights), shape (tasks, entries).
+        """Return entries start..stop of the flattened task vectors (or weights).
+
+        Args:
+            start: first entry.
+            stop: one past the last entry.
+
+        Returns:
+            New memory, shape (tasks, entries).
 
         Raises:
             SuperposeError: an input holds NaN or infinity.

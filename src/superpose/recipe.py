@@ -31,6 +31,12 @@ _UNITS = {
 def parse_bytes(text: str | int) -> int:
     """Return a number of bytes from text such as "4GiB", "250M" or "5 GB".
 
+    Args:
+        text: number and unit; a bare number is bytes.
+
+    Returns:
+        The number of bytes.
+
     Raises:
         ValueError: the text is no size.
     """
@@ -140,6 +146,12 @@ class Recipe(_Strict):
 
 def load_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     """Return a recipe from a mapping, or from a YAML file.
+
+    Args:
+        source: the mapping, the file's path, or a recipe, which is returned as it is.
+
+    Returns:
+        The recipe.
 
     Raises:
         SuperposeError: it cannot be read, or has keys or values that a recipe does not have.

@@ -15,7 +15,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from superpose.errors import SuperposeError, nearest
 from superpose.kinds import Kind
@@ -69,6 +69,7 @@ class Cost:
     flops: float
 
 
+@runtime_checkable
 class Chunks(Protocol):
     """The stacked task vectors of one tensor, read in pieces, as often as one iterates."""
 
@@ -97,6 +98,7 @@ class Chunks(Protocol):
         ...
 
 
+@runtime_checkable
 class Survey(Protocol):
     """Numbers that need every tensor of the model, measured in read-only passes before the merge.
 
@@ -192,6 +194,9 @@ def merge_method(
         breaks: the laws (see `LAWS`) that the method breaks by design.
         needs: what it needs beyond weights, such as "statistics".
 
+    Returns:
+        The decorator.
+
     Raises:
         ValueError: the name is taken, or the declaration contradicts itself.
     """
@@ -221,6 +226,13 @@ def registered() -> list[Method]:
 
 def find_method(name: str, *, where: str = "") -> Method:
     """Return the method of that name.
+
+    Args:
+        name: as registered.
+        where: who asks, for the error.
+
+    Returns:
+        The method.
 
     Raises:
         SuperposeError: there is none.

@@ -24,6 +24,9 @@ class Backend(Protocol):
             function: safe to call from several workers at once.
             items: taken up in this order.
             memory: bytes each item needs; together they stay within the budget, but for an item that exceeds it alone.
+
+        Returns:
+            The pairs, lazily.
         """
         ...
 
@@ -40,6 +43,9 @@ def make_backend(name: str, workers: int | None, budget: int) -> Backend:
         name: such as "threads".
         workers: items at a time; None for one per core.
         budget: bytes in flight at most.
+
+    Returns:
+        The backend.
 
     Raises:
         SuperposeError: there is none of that name.

@@ -119,6 +119,12 @@ def fingerprint(file: Path) -> str:
 def read_json(file: Path) -> Any:
     """Return the content of a JSON file.
 
+    Args:
+        file: the file.
+
+    Returns:
+        What it holds.
+
     Raises:
         SuperposeError: it is no JSON, or too large to be what it should be.
     """

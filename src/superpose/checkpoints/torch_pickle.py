@@ -69,6 +69,12 @@ FORMAT = TorchPickleFormat()
 def _load(file: Path) -> Any:
     """Return what the file holds, mapped into memory.
 
+    Args:
+        file: the file.
+
+    Returns:
+        The unpickled object: tensors, and containers of them.
+
     Raises:
         SuperposeError: it is damaged, or holds objects that would have to be executed.
     """

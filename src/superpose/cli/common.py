@@ -56,6 +56,17 @@ def recipe_from(
 ) -> Recipe:
     """Return the recipe that the command line describes; flags override what a recipe file says.
 
+    Args:
+        models: a recipe file, or base and fine-tunes; among them the method's options.
+        method: name of the method.
+        weights: one number per fine-tune, with commas.
+        dtype: of the output.
+        seed: of methods that draw random numbers.
+        shard_size: most bytes in a file.
+
+    Returns:
+        The recipe.
+
     Raises:
         SuperposeError: it describes none.
     """

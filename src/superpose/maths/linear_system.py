@@ -29,7 +29,7 @@ class Solution:
 
     Args:
         x: solution, or the least-squares solution of minimum norm.
-        rank: eigenvalues that count as nonzero.
+        rank: eigenvalues that count as nonzero; from `cg` the size, which a consistent singular system can pass for.
         residual: ||gram x - right side|| / ||right side||, of the system without ridge.
         condition: largest over smallest nonzero eigenvalue of gram + ridge; exact from `eigh`, else an estimate that
             can be too small.

@@ -95,6 +95,9 @@ def leading(features: Features, rank: int | None, energy: float) -> Features:
         features: ordered by strength.
         rank: most features to return; None for no limit.
         energy: share of the sum of squared singular values, in [0, 1]; 1 keeps every feature.
+
+    Returns:
+        The features kept, strongest first.
     """
     count = features.count if rank is None else min(rank, features.count)
     if energy < 1 and features.count:

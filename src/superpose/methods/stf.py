@@ -159,9 +159,10 @@ def superpose_features(tasks: Sequence[Features], *, ridge: float = 0.0, solver:
     misses = (gram @ solution.x.to(gram) - s).abs() / s.max()
     worst = float(misses.max())
     conflicting: tuple[int, ...] = ()
-    if ridge == 0 and worst > 100 * TOLERANCE[s.dtype]:
+    tolerance = 100 * TOLERANCE[s.dtype]
+    if ridge == 0 and worst > tolerance:
         by_task = misses.split([task.count for task in tasks])
-        conflicting = tuple(i for i, part in enumerate(by_task) if len(part) and float(part.max()) > 0.5 * worst)
+        conflicting = tuple(i for i, part in enumerate(by_task) if len(part) and float(part.max()) > tolerance)
     return Superposition((u * solution.x) @ vh, len(s), solution, worst, conflicting)
 
 

@@ -1,0 +1,23 @@
+"""Memory: set by the largest tensors in flight, not by the model."""
+
+import sys
+
+import pytest
+from llama_family import make_family
+from memory import measure, merge_command
+
+GIB = 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_memory_stays_under_a_gib_and_does_not_grow_with_depth(tmp_path, method):
+    """The shapes of TinyLlama-1.1B, three fine-tunes in bf16, at two depths; the files are sparse."""
+    peaks = {}
+    for layers in (3, 6):
+        family = tmp_path / str(layers)
+        make_family(family, "1b", layers=layers, sparse=True)
+        _, _, peaks[layers] = measure(merge_command(family, method, tmp_path / f"out{layers}"))
+    assert peaks[6] < GIB
+    assert peaks[6] < 1.2 * peaks[3]
