@@ -24,7 +24,7 @@ _PATTERNS: tuple[tuple[str, Kind], ...] = (
     (r"(^|\.)(head|fc_out)\.(weight|bias)$|cls\.predictions\.(decoder\.\w+|bias)$|cls\.seq_relationship", Kind.HEAD),
     (r"relative_attention_bias", Kind.EMBEDDING),
     (r"(class|cls|mask|distillation|position\w*|register|separator)_(embedding|embeddings?|tokens?)$", Kind.EMBEDDING),
-    (r"(^|\.)(shared|wte|wpe|embed_tokens|embed_positions|word_embeddings|tok_embeddings|embed)\.weight$", Kind.EMBEDDING),
+    (r"(^|\.)(shared|wte|wpe|embed|embed_tokens|embed_positions|word_embeddings)\.weight$", Kind.EMBEDDING),
     (r"(token|word|position|token_type|tok|pos)_?(embedding|embeddings|embed)(\.weight)?$", Kind.EMBEDDING),
     (r"embeddings?\.\w*(position|token|word|type)\w*(\.weight)?$", Kind.EMBEDDING),
     (r"(cls_token|pos_embed|dist_token|query_tokens|masked_spec_embed)$", Kind.EMBEDDING),

