@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def merge(
         Problems: several of them are not.
     """
     settings = Settings(device, backend, workers, _bytes(memory), measure, overwrite)
-    output = Path(output)
+    output = absolute(output)
     return run_plan(make_plan(load_recipe(recipe), settings, output), output, report)
 
 
@@ -94,7 +95,7 @@ def plan(
         Problems: several of them are not.
     """
     settings = Settings(device, backend, workers, _bytes(memory), measure, overwrite)
-    return make_plan(load_recipe(recipe), settings, Path(output) if output is not None else None)
+    return make_plan(load_recipe(recipe), settings, absolute(output) if output is not None else None)
 
 
 def merge_tensors(
@@ -175,6 +176,11 @@ def inspect(location: str | Path) -> Inspection:
         told = kind_of(name, header.shape, is_float=header.is_float)
         kinds[name] = (known, "module") if known is not None else (told, "name")
     return Inspection(checkpoint, kinds, {**architecture.tied, **checkpoint.aliases})
+
+
+def absolute(output: str | Path) -> Path:
+    """Return a path with a last part that can be extended, which "." and "out/.." do not have."""
+    return Path(os.path.abspath(Path(output).expanduser()))
 
 
 def _bytes(memory: int | str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,7 @@ def merge(
     Options of the method follow as --OPTION VALUE, such as --density 0.2; `superpose methods NAME` lists them.
     Interrupted or killed, the same command goes on where it was.
     """
+    output = Path(os.path.abspath(output.expanduser()))
     with exit_codes(kept=output.with_name(output.name + ".partial")):
         from superpose import api
 

@@ -26,6 +26,8 @@ CHUNK = 1 << 19
 """Entries of a tensor in flight at a time, where a method works entry by entry: small enough for the caches."""
 SURVEY_CHUNK = 1 << 20
 """The same for surveys, whose counts cost a pass over all bins per chunk."""
+SURVEY_COUNTS = 2**21
+"""Bytes of the counts that a survey keeps per task."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def with_cost(item: WorkItem, settings: Settings) -> WorkItem:
     if item.streams and not measures:
         # Stacked task vectors, as much again for trimming, a few temporaries; surveys take larger pieces.
         piece = min(item.numel, SURVEY_CHUNK if method.survey else CHUNK)
-        return replace(item, memory=piece * wide * (2 * tasks + 4), flops=20.0 * item.numel * tasks)
+        counts = SURVEY_COUNTS * tasks if method.survey else 0
+        return replace(item, memory=piece * wide * (2 * tasks + 4) + counts, flops=20.0 * item.numel * tasks)
     share = prod(item.shape) if item.parts is None else prod(item.shape) // len(item.parts[1])
     shape = _part_shape(item)
     cost = method.cost(shape, tasks, item.options) if method.cost else Cost(3 * wide * share * (tasks + 1), 20.0)

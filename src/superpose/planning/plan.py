@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from superpose.backends import make_backend
 from superpose.checkpoints.architecture import Architecture, read_architecture
 from superpose.checkpoints.compare import align
 from superpose.checkpoints.folder import Checkpoint, open_checkpoint
@@ -57,7 +57,7 @@ class Plan:
     def memory(self) -> int:
         """Bytes in flight at most."""
         largest = max((item.memory for item in self.items), default=0)
-        workers = self.settings.workers or torch.get_num_threads()
+        workers = make_backend(self.settings.backend, self.settings.workers, 0).workers
         busiest = sum(sorted((item.memory for item in self.items), reverse=True)[:workers])
         return max(largest, min(busiest, self.settings.memory))
 
