@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +179,7 @@ def inspect(location: str | Path) -> Inspection:
 
 def absolute(output: str | Path) -> Path:
     """Return a path with a last part that can be extended, which "." and "out/.." do not have."""
-    return Path(os.path.abspath(Path(output).expanduser()))
+    return Path(output).expanduser().resolve()
 
 
 def _bytes(memory: int | str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +36,7 @@ def merge(
     Options of the method follow as --OPTION VALUE, such as --density 0.2; `superpose methods NAME` lists them.
     Interrupted or killed, the same command goes on where it was.
     """
-    output = Path(os.path.abspath(output.expanduser()))
+    output = output.expanduser().resolve()
     with exit_codes(kept=output.with_name(output.name + ".partial")):
         from superpose import api
 
