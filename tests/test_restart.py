@@ -168,11 +168,32 @@ def test_a_folder_that_is_not_ours_is_not_touched(tmp_path):
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "five years"
 
 
+@pytest.mark.parametrize("moment", ["sync", "rename"])
+def test_killed_in_the_last_moments_a_merge_goes_on(tmp_path, monkeypatch, moment):
+    folders = make_family(tmp_path)
+    from superpose import output_folder
+
+    with monkeypatch.context() as patch:
+        if moment == "sync":
+            patch.setattr(output_folder, "_sync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        else:
+            patch.setattr(type(tmp_path), "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            library.merge(recipe(folders), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    library.merge(recipe(folders), tmp_path / "out")
+    library.merge(recipe(folders), tmp_path / "whole")
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {file.name for file in (tmp_path / "whole").iterdir()}
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_two_merges_do_not_write_one_output(tmp_path):
     folders = make_family(tmp_path)
     partial = tmp_path / "out.partial"
     partial.mkdir()
-    from superpose.journal import locked
+    from superpose.output_folder import locked
 
     with locked(partial), pytest.raises(SuperposeError, match="another merge"):
         library.merge(recipe(folders), tmp_path / "out")

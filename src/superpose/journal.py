@@ -13,16 +13,13 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from superpose.checkpoints.writer import StreamWriter
-from superpose.errors import SuperposeError
+from superpose.output_folder import JOURNAL_FILE
 from superpose.planning import WorkItem
 from superpose.records import TensorRecord, tensor_record
-
-JOURNAL_FILE = "journal.jsonl"
-LOCK_FILE = "lock"
 
 
 class Journal:
@@ -60,10 +57,6 @@ class Journal:
                 stream.write("\n")  # after a torn line
             stream.write(line)
 
-    def delete(self) -> None:
-        """Remove the journal."""
-        self._path.unlink(missing_ok=True)
-
     def _lines(self) -> list[str]:
         return self._path.read_text(encoding="utf-8", errors="replace").splitlines() if self._path.exists() else []
 
@@ -71,33 +64,3 @@ class Journal:
         with self._path.open("rb") as stream:
             stream.seek(-1, os.SEEK_END)
             return stream.read(1) == b"\n"
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a merge's folder for this process alone; the lock goes with the process, however it ends.
-
-    Args:
-        folder: `OUT.partial`.
-
-    Yields:
-        None: while the lock is held.
-
-    Raises:
-        SuperposeError: another merge works on it.
-    """
-    path = folder / LOCK_FILE
-    with path.open("w") as stream:
-        try:
-            import fcntl
-
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has no flock: two merges into one output are not noticed there
-            pass
-        except OSError as error:
-            raise SuperposeError(
-                "another merge is writing this output",
-                where=str(folder),
-                mend="wait for it, or choose another name for the output",
-            ) from error
-        yield

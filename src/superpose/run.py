@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,9 +19,10 @@ from superpose.backends import Backend, make_backend
 from superpose.checkpoints.headers import TORCH_DTYPES
 from superpose.checkpoints.sidecars import copy_sidecars
 from superpose.checkpoints.writer import StreamWriter, as_bytes
-from superpose.errors import SuperposeError, raise_all
-from superpose.journal import LOCK_FILE, Journal, locked
+from superpose.errors import raise_all
+from superpose.journal import Journal
 from superpose.merge_tensor import Context, close_readers, merge_item, survey_item
+from superpose.output_folder import locked, make_partial, publish, remove_strangers
 from superpose.planning import Plan, WorkItem, check_output, code_digest
 from superpose.records import RECORD_FILE, RunRecord, TensorRecord
 from superpose.registry import find_method
@@ -71,21 +70,19 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None) -> RunRecor
     started = time.perf_counter()
     raise_all(check_output(plan.base, plan.tuned, output, overwrite=plan.settings.overwrite))
     partial_folder = output.with_name(output.name + ".partial")
-    _make_partial(partial_folder)
+    make_partial(partial_folder)
     backend = make_backend(plan.settings.backend, plan.settings.workers, plan.settings.memory)
     with locked(partial_folder), contextlib.closing(_Closing()):
         journal = Journal(partial_folder)
-        _remove_strangers(plan, partial_folder)
+        remove_strangers(partial_folder, plan.layout)
         with contextlib.closing(StreamWriter(partial_folder, plan.layout)) as writer:
             finished = journal.finished(plan.items, writer)
             records = _merge_all(plan, backend, journal, writer, finished, report or (lambda _: None))
             writer.sync()
         record = _make_record(plan, output, records, backend, len(finished), time.perf_counter() - started)
         _write_sidecars(plan, partial_folder, record)
-        journal.delete()
-        (partial_folder / LOCK_FILE).unlink()
         raise_all(check_output(plan.base, plan.tuned, output, overwrite=plan.settings.overwrite))
-        _publish(partial_folder, output)
+        publish(partial_folder, output)
     return record
 
 
@@ -222,29 +219,6 @@ def _device(name: str) -> str:
     return name
 
 
-def _make_partial(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()) and not (folder / LOCK_FILE).exists():
-        raise SuperposeError(
-            "this folder is in the way, and no merge of superpose made it",
-            where=str(folder),
-            mend="move it, or choose another name for the output",
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SuperposeError(
-            f"the output cannot be made: {error.strerror}", where=str(folder), mend="choose another place"
-        ) from error
-
-
-def _remove_strangers(plan: Plan, folder: Path) -> None:
-    """Remove what an earlier, different merge left in its folder."""
-    known = {file.name for file in plan.layout.files} | {LOCK_FILE, "journal.jsonl"}
-    for entry in folder.iterdir():
-        if entry.name not in known:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-
-
 def _write_sidecars(plan: Plan, folder: Path, record: RunRecord) -> None:
     dtype = None if plan.recipe.dtype == "base" else next((i.dtype for i in plan.items if i.base.is_float), None)
     copy_sidecars(plan.base.folder, plan.base.config, folder, dtype)
@@ -253,32 +227,6 @@ def _write_sidecars(plan: Plan, folder: Path, record: RunRecord) -> None:
         (folder / INDEX_FILE).write_text(index, encoding="utf-8")
     (folder / "README.md").write_text(model_card(record, plan.base.config), encoding="utf-8")
     (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
-
-
-def _publish(partial_folder: Path, output: Path) -> None:
-    """Give the finished folder its name; what had the name before goes away after."""
-    for file in partial_folder.iterdir():
-        _sync(file)
-    _sync(partial_folder)
-    replaced = output.with_name(f"{output.name}.replaced-{os.getpid()}")
-    if output.is_dir() and not any(output.iterdir()):
-        output.rmdir()
-    elif output.exists():
-        output.rename(replaced)
-    partial_folder.rename(output)
-    _sync(output.absolute().parent)
-    if replaced.is_dir():
-        shutil.rmtree(replaced)
-    else:
-        replaced.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _make_record(
