@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+MOST_LISTED = 40
+"""Names that a message lists; the rest is counted."""
+
 
 class SuperposeError(Exception):
     """One problem with what the user gave.
@@ -79,5 +82,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return "nearest match is 'x'; known: ..." for a name that is not in `known`."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
-    listing = f"known: {', '.join(known)}" if known else "none is known"
+    more = f" and {len(known) - MOST_LISTED} more" if len(known) > MOST_LISTED else ""
+    listing = f"known: {', '.join(known[:MOST_LISTED])}{more}" if known else "none is known"
     return f"nearest match is '{close[0]}'; {listing}" if close else listing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from superpose.errors import SuperposeError, nearest, raise_all
 from superpose.kinds import Kind
 
-DTYPES = ("base", "float64", "float32", "float16", "bfloat16")
+DEFAULT_METHOD = "stf"
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -40,16 +41,18 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         ValueError: the text is no size.
     """
-    if isinstance(text, int) and not isinstance(text, bool):
-        number, unit = float(text), ""
-    else:
-        match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", str(text).lower())
-        if match is None or match[2] not in _UNITS:
-            raise ValueError(f"'{text}' is no size; write 4GiB, 250MB or a number of bytes")
-        number, unit = float(match[1]), match[2]
-    if number <= 0:
-        raise ValueError(f"'{text}' is no size above zero")
-    return int(number * _UNITS[unit])
+    number = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e\+?([0-9]{1,3}))?"
+    match = re.fullmatch(rf"\s*{number}\s*([kmgt]?i?)b?\s*", str(text).lower())
+    if match is None or match[3] not in _UNITS or isinstance(text, bool):
+        raise ValueError(f"'{str(text)[:40]}' is no size; write 4GiB, 250MB or a number of bytes")
+    exact = Decimal(match[1]).scaleb(int(match[2] or 0)) * _UNITS[match[3]]
+    if not 1 <= exact < 2**63:
+        raise ValueError(f"'{str(text)[:40]}' is no size: between one byte and 8 EiB are")
+    return int(exact)
+
+
+def _path_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 class _Strict(BaseModel):
@@ -59,7 +62,7 @@ class _Strict(BaseModel):
 class ModelEntry(_Strict):
     """One tuned model."""
 
-    path: str
+    path: Annotated[str, BeforeValidator(_path_text)]
     weight: float = Field(default=1.0, allow_inf_nan=False)
     name: str = ""
 
@@ -115,9 +118,9 @@ class Output(_Strict):
 class Recipe(_Strict):
     """What is merged, how, and into what."""
 
-    base: str
-    models: tuple[ModelEntry, ...] = Field(min_length=1)
-    method: str = "stf"
+    base: Annotated[str, BeforeValidator(_path_text)]
+    models: tuple[ModelEntry, ...]
+    method: str = DEFAULT_METHOD
     options: dict[str, Any] = {}
     rules: tuple[Rule, ...] = ()
     dtype: Literal["base", "float64", "float32", "float16", "bfloat16"] = "base"
@@ -126,6 +129,8 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Recipe:
+        if not self.models:
+            raise ValueError("models: give at least one tuned model")
         names = [entry.name for entry in self.models if entry.name]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two models are named {sorted(repeated)[0]}")
@@ -134,13 +139,14 @@ class Recipe(_Strict):
     @property
     def task_names(self) -> tuple[str, ...]:
         """One distinct name per model: its own, or the last part of its path."""
+        given = {entry.name for entry in self.models if entry.name}
         names: list[str] = []
         for entry in self.models:
             name = entry.name or Path(entry.path.partition("@")[0]).name or "model"
-            taken, number = name, 2
-            while taken in names:
-                taken, number = f"{name}-{number}", number + 1
-            names.append(taken)
+            distinct, number = name, 2
+            while not entry.name and distinct in given.union(names):
+                distinct, number = f"{name}-{number}", number + 1
+            names.append(distinct)
         return tuple(names)
 
 
@@ -168,12 +174,14 @@ def load_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
         raise SuperposeError(f"the recipe cannot be read: {error}", where=str(path), mend=mend) from error
     try:
         node = yaml.compose(text, Loader=_RecipeLoader)
-        content = yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
+        content, lines = yaml.load(text, Loader=_RecipeLoader), _lines(node)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        # Beside its own errors the library lets through those of a number or date that is none, and of endless nesting.
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        what = f"no valid YAML: {getattr(error, 'problem', None) or error}"
-        raise SuperposeError(what, where=where, mend="mend the line") from error
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+        what = f"no valid YAML: {str(reason).strip().partition(chr(10))[0]}"
+        raise SuperposeError(what, where=where, mend="mend the file at that place") from error
     if not isinstance(content, dict):
         raise SuperposeError("a recipe is a mapping", where=str(path), mend="begin with base: and models:")
     if "merge_method" in content:
@@ -182,7 +190,7 @@ def load_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
             where=str(path),
             mend="write base:, models: [{path: ...}], method: and options: instead",
         )
-    return _validate(content, str(path), _lines(node))
+    return _validate(content, str(path), lines)
 
 
 def _validate(content: dict[str, Any], where: str, lines: Mapping[tuple, int]) -> Recipe:
@@ -226,21 +234,29 @@ class _RecipeLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no plain word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} occurs twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
+def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    """YAML 1.1 reads 010 as eight; nobody means that."""
+    return int(str(loader.construct_scalar(node)).replace("_", ""))
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:int", _decimal)
 _RecipeLoader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", "~nN"),
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
 ):
-    _RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    _RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def _lines(node: yaml.Node | None, path: tuple = ()) -> dict[tuple, int]:

@@ -54,15 +54,18 @@ def read_architecture(folder: Path | None, config: Mapping[str, Any]) -> Archite
         import transformers
     except ImportError:
         return Architecture(reason="transformers is not installed (pip install 'superpose[transformers]')")
-    names = config.get("architectures") or []
-    model_class = getattr(transformers, str(names[0]), None) if names else transformers.AutoModel
-    if model_class is None:
-        return Architecture(reason=f"transformers {transformers.__version__} has no {names[0]}")
+    names = config.get("architectures") or ["AutoModel"]
+    name = names[0] if isinstance(names, list) else None
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(model_class, type):
+        return Architecture(reason=f"transformers {transformers.__version__} has no {name or names}")
     # A library for a thousand architectures fails in as many ways, none of which should stop a merge: names and shapes
     # tell kinds too. The plan shows the reason.
     try:
         with _quietly(), torch.device("meta"):
-            loaded = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+            loaded = transformers.AutoConfig.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
             build = getattr(model_class, "_from_config", None) or model_class.from_config
             model = build(loaded)
             return _read_modules(model)

@@ -70,6 +70,9 @@ def align(
     problems = _missing(missing, base, tuned) + problems
     known = {add + name[len(strip) :] if name.startswith(strip) else name for name in base.tensors}
     known |= set(base.tensors) | set(base.aliases) | set(tied)
+    second = sorted(name for name in tuned.tensors if name in tied and name not in used and name not in base.tensors)
+    if second:
+        notes.append(f"{tuned.name}: {', '.join(second)} left out: in the base they are tied to {tied[second[0]]}")
     extra = [name for name in sorted(tuned.tensors) if name not in used | known and not dropped(name)]
     problems += _extra(extra, tuned, sources)
     return Alignment(sources, tuple(problems), tuple(notes))
@@ -82,10 +85,10 @@ def _find(renamed: str, name: str, tuned: Checkpoint, tied: Mapping[str, str]) -
             return tuned.tensors[candidate]
         if candidate in tuned.aliases:
             return tuned.tensors[tuned.aliases[candidate]]
-    for alias, owner in tied.items():
-        if owner == name and alias in tuned.tensors:
-            return tuned.tensors[alias]
-    return None
+    # Saved without its own copy: the other name of the same memory.
+    others = [tied[name]] if name in tied else []
+    others += [alias for alias, owner in tied.items() if owner == name]
+    return next((tuned.tensors[other] for other in others if other in tuned.tensors), None)
 
 
 def _misfit(base: TensorHeader, tuned: TensorHeader, kind: Kind) -> list[SuperposeError]:

@@ -20,9 +20,10 @@ from superpose.errors import SuperposeError, nearest
 
 LARGEST_JSON = 50_000_000
 """Bytes; more than any config or index has."""
-# Most preferred first, as transformers does.
+# Most preferred first; a converted repository often holds both.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+ADAPTER_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ def open_checkpoint(location: str, *, where: str = "") -> Checkpoint:
         SuperposeError: there is nothing of that name, or no weights in it.
     """
     path, revision = Path(location).expanduser(), ""
-    if not path.exists():
+    if not _exists(path):
         if not looks_like_hub_id(location):
             raise _not_found(location, path, where)
-        path, revision = fetch_from_hub(location)
-    if path.is_file():
+        path, revision = fetch_from_hub(location, _nearest_path(path))
+    if not path.is_dir():
         headers = _headers_of(path)
         return Checkpoint(location, None, revision, headers.tensors, headers.aliases, {}, headers.problems)
     files, declared, problems = _weight_files(path)
@@ -154,20 +155,23 @@ def _headers_of(file: Path) -> FileHeaders:
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path], list[SuperposeError]]:
     """Return the weight files of a folder, which tensors the index promises, and the problems."""
-    for name in INDEX_FILES:
-        if (folder / name).exists():
-            return _indexed_files(folder, folder / name)
-    for name in WEIGHT_FILES:
-        if (folder / name).exists():
-            return [folder / name], {}, []
+    if (folder / ADAPTER_FILE).exists():
+        raise SuperposeError(
+            "an adapter, not a checkpoint: adapters cannot be merged yet",
+            where=str(folder / ADAPTER_FILE),
+            mend="fold the adapter into its base (peft's merge_and_unload) and give the folder that this saves",
+        )
+    for index, single in zip(INDEX_FILES, WEIGHT_FILES, strict=True):
+        if (folder / index).exists():
+            return _indexed_files(folder, folder / index)
+        if (folder / single).exists():
+            return [folder / single], {}, []
     loose = sorted(file for file in folder.iterdir() if file.suffix in formats() and file.is_file())
     loose = [file for file in loose if file.name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
     if len(loose) == 1:
         return loose, {}, []
     found = ", ".join(file.name for file in loose) or "none"
     mend = f"name the file itself, or save the model with an index (weight files here: {found})"
-    if (folder / "adapter_config.json").exists():
-        mend = "merge the adapter into its base first: adapters cannot be merged yet"
     raise SuperposeError(
         f"the folder has no {' or '.join(WEIGHT_FILES)} and no index of shards", where=str(folder), mend=mend
     )
@@ -204,11 +208,26 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], list[SuperposeError]]:
         config = read_json(file)
     except SuperposeError as problem:
         return {}, [problem]
-    return (config, []) if isinstance(config, dict) else ({}, [])
+    if not isinstance(config, dict):
+        mend = "fetch or save the checkpoint again"
+        return {}, [SuperposeError("the config is no mapping", where=str(file), mend=mend)]
+    return config, []
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _not_found(location: str, path: Path, where: str) -> SuperposeError:
-    mend = "give a folder, a weight file, or a hub id org/name"
-    if path.parent.is_dir():
-        mend += f"; {nearest(path.name, [entry.name for entry in path.parent.iterdir()])}"
-    return SuperposeError(f"'{location}' does not exist", where=where, mend=mend)
+    mend = "; ".join(filter(None, ["give a folder, a weight file, or a hub id org/name", _nearest_path(path)]))
+    return SuperposeError(f"'{location[:200]}' does not exist", where=where, mend=mend)
+
+
+def _nearest_path(path: Path) -> str:
+    """Return which name in the path's folder comes nearest, "" where there is no such folder."""
+    if not _exists(path.parent) or not path.parent.is_dir():
+        return ""
+    return nearest(path.name, [entry.name for entry in path.parent.iterdir()])

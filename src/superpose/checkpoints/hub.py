@@ -18,11 +18,12 @@ def looks_like_hub_id(location: str) -> bool:
     return bool(HUB_ID.fullmatch(location)) and not location.startswith((".", "/"))
 
 
-def fetch_from_hub(location: str) -> tuple[Path, str]:
+def fetch_from_hub(location: str, nearest_path: str = "") -> tuple[Path, str]:
     """Return the local folder of a hub id, fetched if it is not in the cache, and the commit it resolved to.
 
     Args:
         location: `org/name`, or with a branch, tag or commit `org/name@revision`.
+        nearest_path: what a local path of that form could have meant, for the error.
 
     Returns:
         The snapshot's folder, and the 40-digit commit.
@@ -43,6 +44,6 @@ def fetch_from_hub(location: str) -> tuple[Path, str]:
         raise SuperposeError(
             f"no local path, and not to be had from the hub: {str(error).strip().splitlines()[0]}",
             where=location,
-            mend="check the name, the revision and the network; a local folder needs ./ or / in front",
+            mend="; ".join(filter(None, ["check the name, the revision and the network", nearest_path])),
         ) from error
     return folder, folder.name

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from superpose.checkpoints.headers import TORCH_DTYPES, FileHeaders, TensorHeader
@@ -55,7 +55,7 @@ class SafetensorsFormat:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return _broken(file, f"damaged safetensors header: {error}", FETCH_AGAIN)
         headers = {name: header for name, (header, _, _) in declared.items()}
-        problems = _check_layout(declared, size - 8 - length, file)
+        problems = _check_layout(declared, size - 8 - length, file) or _ask_library(file)
         return FileHeaders(headers, {}, tuple(problems))
 
 
@@ -63,11 +63,16 @@ FORMAT = SafetensorsFormat()
 
 
 def _entry(name: str, entry: dict, file: Path) -> tuple[TensorHeader, int, int]:
-    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in TORCH_DTYPES:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, start, stop]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"tensor {name!r} is not declared by dtype, shape and two offsets") from error
+    if not isinstance(shape, list):
+        raise ValueError(f"tensor {name!r} has a shape that is no list of sizes")
+    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
         raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
-    numbers = [*shape, start, stop]
-    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
+    if not all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63 for number in numbers):
         raise ValueError(f"tensor {name!r} has a shape or offsets that are no sizes")
     header = TensorHeader(name, dtype, tuple(shape), file)
     if stop - start != header.nbytes:
@@ -100,10 +105,21 @@ def _check_layout(
     ]
 
 
+def _ask_library(file: Path) -> list[SuperposeError]:
+    """Return what keeps the library, which is stricter in small things, from opening a file."""
+    try:
+        with safe_open(str(file), framework="pt"):
+            return []
+    except (SafetensorError, OSError, ValueError) as error:
+        return [SuperposeError(f"damaged safetensors header: {error}", where=str(file), mend=FETCH_AGAIN)]
+
+
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name occurs twice")
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} occurs twice")
+        found[name] = value
     return found
 
 

@@ -44,7 +44,15 @@ class TorchPickleFormat:
         aliases: dict[str, str] = {}
         problems: list[SuperposeError] = []
         seen: dict[tuple, str] = {}
+        if not tensors:
+            what, mend = "no tensors by name in the file", "save a state dict: torch.save(model.state_dict(), ...)"
+            problems.append(SuperposeError(what, where=str(file), mend=mend))
         for name, tensor in tensors.items():
+            if name == "__metadata__" or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+                what = f"tensor {name} is nothing that safetensors can hold"
+                mend = "save it as a plain tensor under another name, or leave it out"
+                problems.append(SuperposeError(what, where=str(file), mend=mend))
+                continue
             place = (
                 tensor.untyped_storage().data_ptr(),
                 tensor.storage_offset(),
@@ -80,13 +88,14 @@ def _load(file: Path) -> Any:
     """
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise SuperposeError(
-            f"refused: the file holds more than tensors ({_names_of_globals(file) or _first_line(error)})",
-            where=str(file),
-            mend="convert it to safetensors on a machine where you trust it; superpose executes no pickle",
-        ) from error
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+    except Exception as error:  # a pickle is a program: a damaged one fails in any way that a program can
+        unsafe = _names_of_globals(file)
+        if isinstance(error, pickle.UnpicklingError) and unsafe:
+            raise SuperposeError(
+                f"refused: the file holds more than tensors ({unsafe})",
+                where=str(file),
+                mend="convert it to safetensors on a machine where you trust it; superpose executes no pickle",
+            ) from error
         raise SuperposeError(
             f"cannot be read as a file of torch.save: {_first_line(error)}",
             where=str(file),
@@ -108,9 +117,11 @@ def _state_dict(loaded: Any) -> dict[str, Tensor]:
 def _names_of_globals(file: Path) -> str:
     try:
         return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
-    except (pickle.UnpicklingError, RuntimeError, ValueError):  # the file is worse than unsafe: unreadable
+    except Exception:  # the file is worse than unsafe: unreadable, which the caller says
         return ""
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+    """Return what a library says, in one line and without its advice to trust the file."""
+    line = str(error).strip().partition("\n")[0][:200]
+    return type(error).__name__ if not line or "weights_only" in line else line

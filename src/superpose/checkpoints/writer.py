@@ -130,8 +130,8 @@ class StreamWriter:
         """
         slot = self._layout.slots[name]
         data = as_bytes(tensor)
-        if start + len(data) > slot.nbytes:
-            raise AssertionError(f"{name}: {start + len(data)} bytes for a place of {slot.nbytes}")
+        if start < 0 or start + len(data) > slot.nbytes:
+            raise AssertionError(f"{name}: bytes {start} to {start + len(data)} of {slot.nbytes}")
         descriptor, place, left = self._descriptors[slot.file], slot.offset + start, data
         while left:
             try:
@@ -218,7 +218,12 @@ def _disk_error(error: OSError, file: str) -> Exception:
     return error
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
+def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """Order by numbers as numbers: layers.2 before layers.10."""
-    pieces = re.split(r"(\d+)", name)
-    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in pieces]
+    pieces = re.split(r"([0-9]+)", name)
+    # A number is compared by its digits, the longer being the larger: names can hold more than an int takes.
+    digits = [piece.lstrip("0") for piece in pieces]
+    keys = [
+        (0, len(digits[place]), digits[place]) if place % 2 else (1, 0, piece) for place, piece in enumerate(pieces)
+    ]
+    return keys, name

@@ -26,15 +26,21 @@ app.command("inspect")(inspect.inspect)
 app.command("demo")(demo.demo)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"superpose {version('superpose')}")
+        raise typer.Exit()
+
+
 @app.callback()
 def _common(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and stop.", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as version_of
-
-        typer.echo(f"superpose {version_of('superpose')}")
-        raise typer.Exit()
+    del version  # its callback has done it
 
 
 def main() -> None:

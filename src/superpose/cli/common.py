@@ -70,7 +70,7 @@ def recipe_from(
     Raises:
         SuperposeError: it describes none.
     """
-    from superpose.recipe import load_recipe
+    from superpose.recipe import DEFAULT_METHOD, load_recipe
 
     paths, options = _split(models)
     if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
@@ -83,7 +83,7 @@ def recipe_from(
         )
     else:
         content = {"base": paths[0], "models": [{"path": path} for path in paths[1:]]}
-    if method is not None and method != content.get("method"):
+    if method is not None and method != content.get("method", DEFAULT_METHOD):
         content = {**content, "method": method, "options": {}}
     content["options"] = {**content.get("options", {}), **options}
     content |= {key: value for key, value in {"dtype": dtype, "seed": seed}.items() if value is not None}

@@ -91,8 +91,3 @@ def is_kept(name: str, kind: Kind, rules: Sequence[Rule]) -> bool:
 def is_dropped(name: str, rules: Sequence[Rule]) -> bool:
     """Whether a rule leaves out a tensor that the base does not have."""
     return any(rule.drop and rule.match and rule.applies(name, None) for rule in rules)
-
-
-def is_tied_copy(name: str, tied: Mapping[str, str], base: Checkpoint) -> bool:
-    """A second name of a tensor that is there under its own: written once, tied again on loading."""
-    return name in tied and tied[name] in base.tensors and tied[name] != name

@@ -18,7 +18,7 @@ from superpose.checkpoints.writer import Layout, lay_out
 from superpose.errors import SuperposeError, raise_all
 from superpose.kinds import Kind
 from superpose.planning.checks import check_backend, check_device, check_output, check_room
-from superpose.planning.choices import ChosenMethods, choose_kinds, is_dropped, is_kept, is_tied_copy
+from superpose.planning.choices import ChosenMethods, choose_kinds, is_dropped, is_kept
 from superpose.planning.items import Settings, WorkItem, make_item, with_cost, with_keys
 from superpose.recipe import Recipe
 
@@ -97,7 +97,7 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     kinds = choose_kinds(base, architecture, recipe.rules)
     tied = {**architecture.tied, **base.aliases}
     notes = [f"kinds are told by names and shapes: {architecture.reason}"] if architecture.reason else []
-    names = [name for name in sorted(base.tensors) if not is_tied_copy(name, tied, base)]
+    names = sorted(base.tensors)
     wanted = {name: kinds[name][0] for name in names if not is_kept(name, kinds[name][0], recipe.rules)}
     alignments = []
     for checkpoint in tuned:
@@ -116,7 +116,7 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     items = with_keys(items, recipe, weights, settings)
     layout = lay_out([(item.name, item.dtype, item.shape) for item in items], recipe.output.shard_size)
     raise_all(check_room(layout, output))
-    notes += _notes(items, tied, base, settings)
+    notes += _notes(items, base, settings)
     return Plan(recipe, settings, base, tuple(tuned), tuple(items), layout, weights, tuple(notes))
 
 
@@ -191,15 +191,14 @@ def _open_all(recipe: Recipe, problems: list[SuperposeError]) -> tuple[Checkpoin
     return opened[0], [checkpoint for checkpoint in opened[1:] if checkpoint is not None]
 
 
-def _notes(items: Sequence[WorkItem], tied: Mapping[str, str], base: Checkpoint, settings: Settings) -> list[str]:
+def _notes(items: Sequence[WorkItem], base: Checkpoint, settings: Settings) -> list[str]:
     notes = []
     large = [item for item in items if item.memory > settings.memory]
     if large:
         most = max(item.memory for item in large) / 2**30
         notes.append(f"{len(large)} tensors need more than --memory each, up to {most:.1f} GiB: they are merged alone")
-    copies = [name for name in base.tensors if is_tied_copy(name, tied, base)]
-    if copies:
-        notes.append(f"tied weights are written once, without {', '.join(sorted(copies))}")
+    if base.aliases:
+        notes.append(f"tied weights are written once, without {', '.join(sorted(base.aliases))}")
     if any(item.method == "average" and item.kind is Kind.BUFFER for item in items):
         notes.append("running statistics of normalisation are averaged; measuring them anew on data is better")
     return notes

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from superpose.checkpoints.hub import looks_like_hub_id
 from superpose.records import RunRecord
 
 MOST_WARNINGS = 20
@@ -28,15 +27,14 @@ def model_card(record: RunRecord, config: Mapping[str, Any]) -> str:
         Markdown with the hub's YAML header.
     """
     recipe = record.recipe
-    paths = [recipe["base"], *(model["path"] for model in recipe["models"])]
-    ids = [path.partition("@")[0] for path in paths if looks_like_hub_id(path) and not Path(path).exists()]
+    ids = [source["path"].partition("@")[0] for source in record.sources if source["revision"]]
     header: dict[str, Any] = {"base_model": ids} if ids else {}
     header |= {"base_model_relation": "merge", "tags": ["merge", "superpose"]}
     if "model_type" in config:
         header["library_name"] = "transformers"
     kinds = Counter((tensor.kind, tensor.method or "copied from the base") for tensor in record.tensors)
     rows = [f"| {kind} | {method} | {count} |" for (kind, method), count in sorted(kinds.items())]
-    sources = [f"| {_link(s['path'])} | {s['name']} | {s['revision'] or 'local'} |" for s in record.sources]
+    sources = [f"| {_link(s)} | {s['name']} | {s['revision'] or 'local'} |" for s in record.sources]
     sections = [
         "---\n" + yaml.safe_dump(header, sort_keys=False).strip() + "\n---",
         f"# {Path(record.output).name}",
@@ -54,6 +52,6 @@ def model_card(record: RunRecord, config: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _link(path: str) -> str:
-    name = path.partition("@")[0]
-    return f"[{path}](https://huggingface.co/{name})" if looks_like_hub_id(path) else f"`{Path(path).name}`"
+def _link(source: Mapping[str, Any]) -> str:
+    path, name = source["path"], source["path"].partition("@")[0]
+    return f"[{path}](https://huggingface.co/{name})" if source["revision"] else f"`{Path(path).name}`"
