@@ -582,3 +582,10 @@ def test_a_size_is_a_positive_number_or_refused(text):
         size = parse_bytes(text)
     assert type(size) is int
     assert size >= 1
+
+
+def test_aliases_within_aliases_take_no_time(tmp_path):
+    rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    (tmp_path / "recipe.yaml").write_text("\n".join(rows))
+    assert len(problems_of(tmp_path / "recipe.yaml")) == 14  # base and models are missing, twelve keys are unknown

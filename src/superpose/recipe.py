@@ -259,16 +259,27 @@ for _tag, _pattern, _first in (
     _RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
-def _lines(node: yaml.Node | None, path: tuple = ()) -> dict[tuple, int]:
+def _lines(root: yaml.Node | None) -> dict[tuple, int]:
     """Return the line of every key and item, by its path in the recipe."""
-    if node is None:
-        return {}
-    found = {path: node.start_mark.line + 1}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            found.update(_lines(value, (*path, key.value)))
-            found[(*path, key.value)] = key.start_mark.line + 1
-    elif isinstance(node, yaml.SequenceNode):
-        for place, value in enumerate(node.value):
-            found.update(_lines(value, (*path, place)))
+    found: dict[tuple, int] = {}
+    visited: set[int] = set()
+
+    def visit(node: yaml.Node, path: tuple, outside: frozenset[int] = frozenset()) -> None:
+        found.setdefault(path, node.start_mark.line + 1)
+        if id(node) in outside:
+            raise yaml.constructor.ConstructorError(None, None, "a value holds itself", node.start_mark)
+        if id(node) in visited:  # an alias: a few of them in each other would take for ever
+            return
+        visited.add(id(node))
+        outside = outside | {id(node)}
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                found[(*path, key.value)] = key.start_mark.line + 1
+                visit(value, (*path, key.value), outside)
+        elif isinstance(node, yaml.SequenceNode):
+            for place, value in enumerate(node.value):
+                visit(value, (*path, place), outside)
+
+    if root is not None:
+        visit(root, ())
     return found

@@ -141,6 +141,11 @@ def read_json(file: Path) -> Any:
 
 def _headers_of(file: Path) -> FileHeaders:
     known = formats()
+    if not file.is_file():  # a pipe or a device would be waited for
+        problem = SuperposeError(
+            "cannot be read: it is no file", where=str(file), mend="give a file or folder of weights"
+        )
+        return FileHeaders({}, {}, (problem,))
     if file.suffix not in known:
         problem = SuperposeError(
             f"'{file.suffix}' is no format of weights", where=str(file), mend=nearest(file.suffix, known)
