@@ -15,9 +15,9 @@ GIB = 2**30
 def test_memory_stays_under_a_gib_and_does_not_grow_with_depth(tmp_path, method):
     """The shapes of TinyLlama-1.1B, three fine-tunes in bf16, at two depths; the files are sparse."""
     peaks = {}
-    for layers in (3, 6):
+    for layers in (2, 4):
         family = tmp_path / str(layers)
         make_family(family, "1b", layers=layers, sparse=True)
         _, _, peaks[layers] = measure(merge_command(family, method, tmp_path / f"out{layers}"))
-    assert peaks[6] < GIB
-    assert peaks[6] < 1.2 * peaks[3]
+    assert peaks[4] < GIB
+    assert peaks[4] < 1.2 * peaks[2]

@@ -200,9 +200,9 @@ def test_two_merges_do_not_write_one_output(tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
-    folders = make_family(tmp_path, layers=30, width=128)
-    process = start(folders, tmp_path / "out", "--method", "stf")
-    wait_for_journal(tmp_path / "out.partial", 20, process)
+    folders = make_family(tmp_path, layers=40, width=192)
+    process = start(folders, tmp_path / "out", "--method", "stf", "--backend", "serial")
+    wait_for_journal(tmp_path / "out.partial", 5, process)
     process.send_signal(signal.SIGINT)
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130, text
@@ -210,7 +210,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
     assert "Traceback" not in text
     assert not (tmp_path / "out").exists()
     superpose("merge", *folders, "-o", tmp_path / "out", "--method", "stf", "--quiet")
-    assert RunRecord.load(tmp_path / "out").totals["resumed"] >= 20
+    assert RunRecord.load(tmp_path / "out").totals["resumed"] >= 5
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
