@@ -272,3 +272,62 @@ def test_a_recipe_file_is_merged(tmp_path):
     assert torch.equal(merged["norm.weight"], base["norm.weight"])
     expected = (first["lm_head.weight"] + 3 * second["lm_head.weight"]) / 4
     assert torch.allclose(merged["lm_head.weight"], expected, atol=1e-6)
+
+
+def test_float32_and_float64_tensors_share_one_threshold():
+    generator = torch.Generator().manual_seed(0)
+    base = {"a.weight": torch.zeros(6, 5), "b.weight": torch.zeros(7, 5, dtype=torch.float64)}
+    tuned = {name: torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) for name, tensor in base.items()}
+    merged = library.merge_tensors(base, [tuned], "ties", density=0.2)
+    magnitudes = torch.cat([tensor.double().abs().flatten() for tensor in tuned.values()]).sort().values
+    for name, tensor in merged.items():
+        assert tensor.dtype == base[name].dtype
+        assert torch.equal(tensor != 0, tuned[name].double().abs() > magnitudes[-14])
+
+
+def test_running_statistics_are_averaged_whatever_the_weights():
+    base = {"bn.running_var": torch.ones(3), "bn.weight": torch.ones(3)}
+    tuned = [{"bn.running_var": torch.full((3,), 2.0 * i), "bn.weight": torch.ones(3)} for i in (1, 2)]
+    merged = library.merge_tensors(base, tuned, "task_arithmetic", weights=[1, -1])
+    assert torch.equal(merged["bn.running_var"], torch.full((3,), 3.0))
+
+
+def test_a_result_too_large_for_its_dtype_is_refused():
+    base = {"a.weight": torch.full((4, 4), 60000.0).half()}
+    tuned = [{"a.weight": torch.full((4, 4), 65000.0).half()}] * 3
+    with pytest.raises(SuperposeError, match="too large for F16") as caught:
+        library.merge_tensors(base, tuned, "task_arithmetic", scaling_factor=1)
+    assert "a.weight" in caught.value.where
+
+
+def test_tied_tensors_of_a_mapping_are_merged_once_and_stay_tied():
+    base = base_tensors()
+    base["lm_head.weight"] = base["embed_tokens.weight"]
+    tuned = [tuned_tensors(base, seed) for seed in range(2)]
+    for model in tuned:
+        model["lm_head.weight"] = model["embed_tokens.weight"]
+    alone = [{name: t for name, t in model.items() if name != "lm_head.weight"} for model in (base, *tuned)]
+    for method in METHODS:
+        merged = library.merge_tensors(base, tuned, method)
+        assert list(merged) == list(base)
+        assert merged["lm_head.weight"].data_ptr() == merged["embed_tokens.weight"].data_ptr()
+        for name, tensor in library.merge_tensors(alone[0], alone[1:], method).items():
+            assert torch.equal(merged[name], tensor), (method, name)
+
+
+def test_stacked_experts_merge_like_experts_stored_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    models = [[scale * torch.randn(6, 5, generator=generator) for scale in (1, 10)] for _ in range(3)]
+    stacks = [{"mlp.experts.up_proj": torch.stack(model)} for model in models]
+    apart = [{f"mlp.experts.{i}.up_proj.weight": expert for i, expert in enumerate(model)} for model in models]
+    merged = library.merge_tensors(stacks[0], stacks[1:], "stf")["mlp.experts.up_proj"]
+    alone = library.merge_tensors(apart[0], apart[1:], "stf")
+    assert torch.equal(merged, torch.stack(list(alone.values())))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 3, 3), (2, 0, 3)])
+@pytest.mark.parametrize("method", METHODS)
+def test_tensors_without_entries_come_out_as_they_are(method, shape):
+    base = {"a.weight": torch.zeros(shape), "b.weight": torch.ones(3, 3)}
+    merged = library.merge_tensors(base, [base, base], method)
+    assert merged["a.weight"].shape == shape

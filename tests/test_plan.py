@@ -146,7 +146,7 @@ def test_too_little_room_on_the_disk_is_said_before_anything_is_written(tmp_path
 
 def test_an_output_that_exists_or_is_an_input_is_refused(tmp_path):
     folders = make_family(tmp_path)
-    with pytest.raises(SuperposeError, match="would overwrite"):
+    with pytest.raises(SuperposeError, match="would lie in or replace"):
         library.plan(recipe(folders), folders[1], overwrite=True)
     (tmp_path / "taken").mkdir()
     assert library.plan(recipe(folders), tmp_path / "taken").items  # an empty folder is no output
@@ -198,3 +198,24 @@ def test_plan_on_the_command_line_shows_totals_and_json(tmp_path):
     content = json.loads(superpose("plan", *folders, "--json").stdout)
     assert content["totals"]["tensors"] == len(base_tensors())
     assert {item["method"] for item in content["items"]} == {"stf"}
+
+
+def test_only_outputs_of_ours_are_overwritten_and_inputs_never(tmp_path):
+    folders = make_family(tmp_path)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("five years")
+    with pytest.raises(SuperposeError, match="no output of superpose"):
+        library.plan(recipe(folders), tmp_path / "precious", overwrite=True)
+    for inside in (folders[1] / "model.safetensors", folders[0] / "out"):
+        with pytest.raises(SuperposeError, match="would lie in or replace"):
+            library.plan(recipe(folders), inside, overwrite=True)
+
+
+def test_rules_that_cannot_be_meant_are_refused_or_noted(tmp_path):
+    folders = make_family(tmp_path)
+    with pytest.raises(SuperposeError, match=r"drops lm_head\.weight"):
+        library.plan(recipe(folders, rules=[{"match": "lm_head*", "drop": True}]))
+    with pytest.raises(SuperposeError, match="cannot be of kind linear"):
+        library.plan(recipe(folders, rules=[{"match": "norm*", "kind": "linear"}]))
+    plan = library.plan(recipe(folders, rules=[{"match": "lm_haed*", "keep": "base"}]))
+    assert any("lm_haed" in note and "matches no tensor" in note for note in plan.notes)

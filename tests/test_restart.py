@@ -189,13 +189,37 @@ def test_killed_in_the_last_moments_a_merge_goes_on(tmp_path, monkeypatch, momen
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_killed_while_an_output_is_replaced_nothing_is_lost_or_left(tmp_path, monkeypatch):
+    folders = make_family(tmp_path)
+    library.merge(recipe(folders, method="average"), tmp_path / "out")
+    first = weights(tmp_path / "out")
+    from superpose import output_folder
+
+    real, renames = type(tmp_path).rename, []
+
+    def second_fails(path, target):
+        renames.append(path)
+        if len(renames) == 2:
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "rename", second_fails)
+        with pytest.raises(KeyboardInterrupt):
+            library.merge(recipe(folders, method="stf"), tmp_path / "out", overwrite=True)
+    assert weights(tmp_path / "out.replaced") == first
+    output_folder.settle_replaced(tmp_path / "out")
+    assert weights(tmp_path / "out") == first
+    library.merge(recipe(folders, method="stf"), tmp_path / "out", overwrite=True)
+    assert weights(tmp_path / "out") != first
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("out.")]
+
+
 def test_two_merges_do_not_write_one_output(tmp_path):
     folders = make_family(tmp_path)
-    partial = tmp_path / "out.partial"
-    partial.mkdir()
     from superpose.output_folder import locked
 
-    with locked(partial), pytest.raises(SuperposeError, match="another merge"):
+    with locked(tmp_path / "out.partial"), pytest.raises(SuperposeError, match="another merge"):
         library.merge(recipe(folders), tmp_path / "out")
 
 

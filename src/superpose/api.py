@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from superpose.checkpoints.names import kind_of
 from superpose.errors import SuperposeError
 from superpose.kinds import Kind
 from superpose.merge_tensor import Context
-from superpose.planning import Plan, Settings, make_plan, plan_tensors
+from superpose.planning import Plan, Settings, make_plan, plan_tensors, shared_memory
 from superpose.recipe import ModelEntry, Recipe, load_recipe, parse_bytes
 from superpose.records import RunRecord
 from superpose.registry import Method, registered
@@ -135,10 +136,14 @@ def merge_tensors(
         ModelEntry(path=f"model {number}", weight=share, name=f"model {number}")
         for number, share in enumerate(shares, 1)
     )
+    if not all(math.isfinite(share) for share in shares):
+        raise SuperposeError("a weight is no finite number", where="weights", mend="give finite numbers")
     recipe = Recipe(base="base", models=models, method=method, options=options, seed=seed)
     items = plan_tensors(base, tuned, recipe, kinds)
     context = Context(recipe.task_names, tuple(shares), torch.device("cpu"), measure=False)
-    return merge_in_memory(items, context)
+    merged = merge_in_memory(items, context)
+    tied = {alias: merged[owner] for alias, owner in shared_memory(base).items()}
+    return {name: merged[name] if name in merged else tied[name] for name in base}
 
 
 def list_methods() -> list[Method]:
@@ -168,7 +173,7 @@ def inspect(location: str | Path) -> Inspection:
         SuperposeError: there is nothing of that name, or no weights in it.
     """
     checkpoint = open_checkpoint(str(location))
-    architecture = read_architecture(checkpoint.folder, checkpoint.config)
+    architecture = read_architecture(checkpoint.folder, checkpoint.config, len(checkpoint.tensors))
     kinds = {}
     for name, header in checkpoint.tensors.items():
         known = architecture.kinds.get(name) if header.is_float else None

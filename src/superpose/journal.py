@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import threading
@@ -43,11 +42,7 @@ class Journal:
                 record = tensor_record(entry["record"])
                 if keys.get(record.name) == entry["key"]:
                     found[record.name] = record
-        return {
-            name: record
-            for name, record in found.items()
-            if hashlib.sha256(writer.read_back(name)).hexdigest() == record.sha256
-        }
+        return {name: record for name, record in found.items() if writer.digest(name) == record.sha256}
 
     def add(self, item: WorkItem, record: TensorRecord) -> None:
         """Note that an item is finished; from any thread."""

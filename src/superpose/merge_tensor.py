@@ -121,6 +121,12 @@ class _Sink:
     def add(self, piece: Tensor) -> None:
         """Take the next entries of the flattened result, in the dtype of the arithmetic."""
         cast = piece.reshape(-1).to(TORCH_DTYPES[self._item.dtype])
+        if self._item.action == "merge" and not _is_finite(cast):
+            raise SuperposeError(
+                f"the merged tensor is too large for {self._item.dtype}",
+                where=f"tensor {self._item.name}",
+                mend="choose a wider --dtype, such as float32, or a smaller scaling factor",
+            )
         if self._scattered:
             self._pending.append(cast)
         else:
@@ -239,7 +245,7 @@ def _merge_in_pieces(part: Part, method: Method, survey: Any, sink: _Sink) -> Ou
 def _merge_whole(part: Part, method: Method, survey: Any, sink: _Sink) -> Outcome:
     """Merge a part that its method has to see as a whole; measure it if that is asked for."""
     shape, numel = part.base.shape, part.base.numel()
-    stacked = part.stacked(0, numel).reshape(-1, *shape)
+    stacked = part.stacked(0, numel).reshape(len(part.tuned), *shape)
     base = part.base_piece(0, numel).reshape(shape)
     merged = _call(method, part, stacked, base, survey)
     measures: Mapping[str, Any] = {}
@@ -251,7 +257,9 @@ def _merge_whole(part: Part, method: Method, survey: Any, sink: _Sink) -> Outcom
 
 def _call(method: Method, part: Part, stacked: Tensor, base: Tensor, survey: Any, **changed: Any) -> Merged:
     options = replace(part.item.options, **changed) if changed else part.item.options
-    weights = torch.tensor(part.context.weights, dtype=torch.float64)
+    # Running statistics are averaged whatever the models weigh: a weighted variance can be negative.
+    equal = part.item.kind is Kind.BUFFER
+    weights = None if equal else torch.tensor(part.context.weights, dtype=torch.float64)
     return method(stacked, options, kind=part.item.kind, weights=weights, base=base, survey=survey)
 
 

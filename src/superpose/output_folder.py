@@ -7,13 +7,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from superpose.checkpoints.writer import Layout
 from superpose.errors import SuperposeError
 from superpose.records import RECORD_FILE
 
 JOURNAL_FILE = "journal.jsonl"
-LOCK_FILE = "lock"
 
 
 def make_partial(folder: Path) -> None:
@@ -25,7 +25,7 @@ def make_partial(folder: Path) -> None:
     Raises:
         SuperposeError: something else is there, or it cannot be made.
     """
-    ours = (folder / LOCK_FILE).exists() or (folder / RECORD_FILE).exists()
+    ours = (folder / JOURNAL_FILE).exists() or (folder / RECORD_FILE).exists()
     if folder.exists() and any(folder.iterdir()) and not ours:
         raise SuperposeError(
             "this folder is in the way, and no merge of superpose made it",
@@ -34,6 +34,7 @@ def make_partial(folder: Path) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / JOURNAL_FILE).touch()
     except OSError as error:
         raise SuperposeError(
             f"the output cannot be made: {error.strerror}", where=str(folder), mend="choose another place"
@@ -42,7 +43,7 @@ def make_partial(folder: Path) -> None:
 
 def remove_strangers(folder: Path, layout: Layout) -> None:
     """Remove what an earlier, different merge left in its folder."""
-    known = {file.name for file in layout.files} | {LOCK_FILE, JOURNAL_FILE}
+    known = {file.name for file in layout.files} | {JOURNAL_FILE}
     for entry in folder.iterdir():
         if entry.name not in known:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -52,6 +53,8 @@ def remove_strangers(folder: Path, layout: Layout) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Hold a merge's folder for this process alone; the lock goes with the process, however it ends.
 
+    The lock lies beside the folder, not in it: it is held until the folder has its final name.
+
     Args:
         folder: `OUT.partial`.
 
@@ -59,23 +62,56 @@ def locked(folder: Path) -> Iterator[None]:
         None: while the lock is held.
 
     Raises:
-        SuperposeError: another merge works on it.
+        SuperposeError: another merge works on it, or the place cannot be written to.
     """
-    path = folder / LOCK_FILE
-    with path.open("w") as stream:
+    path = folder.with_name(folder.name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = _acquire(path)
+    except BlockingIOError as error:
+        raise SuperposeError(
+            "another merge is writing this output",
+            where=str(folder),
+            mend="wait for it, or choose another name for the output",
+        ) from error
+    except OSError as error:
+        raise SuperposeError(
+            f"the output cannot be made: {error.strerror}", where=str(folder), mend="choose another place"
+        ) from error
+    with stream:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _acquire(path: Path) -> IO[str]:
+    """Return the open lock file, locked, and sure to be the one that others see under its name."""
+    while True:
+        stream = path.open("w")
         try:
             import fcntl
 
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
+                return stream
+            stream.close()  # its holder removed it in this moment
         except ImportError:  # Windows has no flock: two merges into one output are not noticed there
-            pass
-        except OSError as error:
-            raise SuperposeError(
-                "another merge is writing this output",
-                where=str(folder),
-                mend="wait for it, or choose another name for the output",
-            ) from error
-        yield
+            return stream
+        except OSError:
+            stream.close()
+            raise
+
+
+def settle_replaced(output: Path) -> None:
+    """Finish what a run left that was killed while it replaced an output."""
+    replaced = _replaced(output)
+    if not (replaced / RECORD_FILE).is_file():
+        return
+    if output.exists():
+        shutil.rmtree(replaced)
+    else:
+        replaced.rename(output)
 
 
 def publish(partial_folder: Path, output: Path) -> None:
@@ -83,20 +119,19 @@ def publish(partial_folder: Path, output: Path) -> None:
     for file in partial_folder.iterdir():
         _sync(file)
     # Killed from here on, the record still says whose folder it is (see `make_partial`).
-    (partial_folder / JOURNAL_FILE).unlink(missing_ok=True)
-    (partial_folder / LOCK_FILE).unlink()
+    (partial_folder / JOURNAL_FILE).unlink()
     _sync(partial_folder)
-    replaced = output.with_name(f"{output.name}.replaced-{os.getpid()}")
     if output.is_dir() and not any(output.iterdir()):
         output.rmdir()
     elif output.exists():
-        output.rename(replaced)
+        output.rename(_replaced(output))
     partial_folder.rename(output)
     _sync(output.absolute().parent)
-    if replaced.is_dir():
-        shutil.rmtree(replaced)
-    else:
-        replaced.unlink(missing_ok=True)
+    settle_replaced(output)
+
+
+def _replaced(output: Path) -> Path:
+    return output.with_name(output.name + ".replaced")
 
 
 def _sync(path: Path) -> None:

@@ -22,7 +22,7 @@ from superpose.checkpoints.writer import StreamWriter, as_bytes
 from superpose.errors import raise_all
 from superpose.journal import Journal
 from superpose.merge_tensor import Context, close_readers, merge_item, survey_item
-from superpose.output_folder import locked, make_partial, publish, remove_strangers
+from superpose.output_folder import locked, make_partial, publish, remove_strangers, settle_replaced
 from superpose.planning import Plan, WorkItem, check_output, code_digest
 from superpose.records import RECORD_FILE, RunRecord, TensorRecord
 from superpose.registry import find_method
@@ -68,11 +68,13 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None) -> RunRecor
         SuperposeError: the output exists already, another merge writes it, the disk is full, or an input holds NaN.
     """
     started = time.perf_counter()
-    raise_all(check_output(plan.base, plan.tuned, output, overwrite=plan.settings.overwrite))
     partial_folder = output.with_name(output.name + ".partial")
-    make_partial(partial_folder)
     backend = make_backend(plan.settings.backend, plan.settings.workers, plan.settings.memory)
-    with locked(partial_folder), contextlib.closing(_Closing()):
+    with locked(partial_folder), contextlib.ExitStack() as ending:
+        ending.callback(close_readers)
+        settle_replaced(output)
+        raise_all(check_output(plan.base, plan.tuned, output, overwrite=plan.settings.overwrite))
+        make_partial(partial_folder)
         journal = Journal(partial_folder)
         remove_strangers(partial_folder, plan.layout)
         with contextlib.closing(StreamWriter(partial_folder, plan.layout)) as writer:
@@ -84,13 +86,6 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None) -> RunRecor
         raise_all(check_output(plan.base, plan.tuned, output, overwrite=plan.settings.overwrite))
         publish(partial_folder, output)
     return record
-
-
-class _Closing:
-    """Closes the inputs when a merge ends, however it does."""
-
-    def close(self) -> None:
-        close_readers()
 
 
 def merge_in_memory(items: Sequence[WorkItem], context: Context) -> dict[str, Tensor]:
@@ -225,15 +220,15 @@ def _write_sidecars(plan: Plan, folder: Path, record: RunRecord) -> None:
     index = plan.layout.index()
     if index is not None:
         (folder / INDEX_FILE).write_text(index, encoding="utf-8")
-    (folder / "README.md").write_text(model_card(record, plan.base.config), encoding="utf-8")
-    (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(record, plan.base.config), encoding="utf-8", errors="backslashreplace")
+    (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8", errors="backslashreplace")
 
 
 def _make_record(
     plan: Plan, output: Path, records: Sequence[TensorRecord], backend: Backend, resumed: int, seconds: float
 ) -> RunRecord:
     recipe = plan.recipe.model_dump(mode="json")
-    recipe["options"] = asdict(find_method(plan.recipe.method).options(**_chosen(plan)))
+    recipe["options"] = asdict(plan.options)
     sources = tuple(
         {
             "name": name,
@@ -267,9 +262,3 @@ def _make_record(
             "seconds": round(seconds, 3),
         },
     )
-
-
-def _chosen(plan: Plan) -> dict[str, Any]:
-    """Return the options of the recipe's method as they were understood."""
-    used = next((item.options for item in plan.items if item.method == plan.recipe.method), None)
-    return asdict(used) if used is not None else {}

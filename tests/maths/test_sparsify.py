@@ -99,3 +99,9 @@ def test_cutting_pieces_equals_cutting_the_whole(rows, tenths, size):
         for start in range(0, numel, size)
     ]
     assert torch.equal(torch.cat(pieces, dim=1), keep_largest(task_vectors, tenths / 10))
+
+
+def test_counts_of_large_tensors_are_exact():
+    for hundredths in range(1, 101):
+        assert count_kept(hundredths / 100, 10**8) == hundredths * 10**6
+        assert count_kept(hundredths / 100, 10**12) == hundredths * 10**10

@@ -37,12 +37,13 @@ class Architecture:
     reason: str = ""
 
 
-def read_architecture(folder: Path | None, config: Mapping[str, Any]) -> Architecture:
+def read_architecture(folder: Path | None, config: Mapping[str, Any], tensors: int | None = None) -> Architecture:
     """Return what the modules of the model in a folder say about its tensors.
 
     Args:
         folder: where config.json lies; None for a bare weight file.
         config: its content.
+        tensors: how many the checkpoint has, if known; a config that asks for more layers than that is not built.
 
     Returns:
         Kinds, groups and ties; empty, with the reason, where transformers is missing or does not know the model.
@@ -54,6 +55,8 @@ def read_architecture(folder: Path | None, config: Mapping[str, Any]) -> Archite
         import transformers
     except ImportError:
         return Architecture(reason="transformers is not installed (pip install 'superpose[transformers]')")
+    if tensors is not None and _most_layers(config) > tensors:
+        return Architecture(reason="its config.json asks for more layers than it has tensors")
     names = config.get("architectures") or ["AutoModel"]
     name = names[0] if isinstance(names, list) else None
     model_class = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -71,6 +74,19 @@ def read_architecture(folder: Path | None, config: Mapping[str, Any]) -> Archite
             return _read_modules(model)
     except Exception as error:
         return Architecture(reason=f"transformers could not build it: {str(error).strip().partition(chr(10))[0][:120]}")
+
+
+def _most_layers(config: Mapping[str, Any]) -> int:
+    """Return the largest number of layers that a config, or one inside it, asks for."""
+    found = [0]
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found.append(_most_layers(value))
+        elif ("layer" in key or "depth" in key) and isinstance(value, int) and not isinstance(value, bool):
+            found.append(value if key.startswith(("num_", "n_")) or key.endswith("layers") else 0)
+        elif key == "depths" and isinstance(value, list):
+            found += [entry for entry in value if isinstance(entry, int)]
+    return max(found)
 
 
 def _read_modules(model: nn.Module) -> Architecture:

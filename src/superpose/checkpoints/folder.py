@@ -110,11 +110,13 @@ def formats() -> dict[str, Format]:
 
 
 def fingerprint(file: Path) -> str:
-    """Return a text that changes when a weight file does: its place, size, time of change, and first bytes."""
+    """Return a text that changes when a weight file does: its place, size, times, inode, and first bytes."""
     status = file.stat()
     with file.open("rb") as stream:
         head = hashlib.sha256(stream.read(1 << 20)).hexdigest()
-    return f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{head}"
+    # The time of change of the inode cannot be set back, as copying tools do with that of the content.
+    times = f"{status.st_mtime_ns}|{status.st_ctime_ns}|{status.st_ino}"
+    return f"{file.resolve()}|{status.st_size}|{times}|{head}"
 
 
 def read_json(file: Path) -> Any:
@@ -130,9 +132,13 @@ def read_json(file: Path) -> Any:
         SuperposeError: it is no JSON, or too large to be what it should be.
     """
     try:
-        if file.stat().st_size > LARGEST_JSON:
+        if not file.is_file():
+            raise ValueError("it is no file")
+        with file.open("rb") as stream:
+            content = stream.read(LARGEST_JSON + 1)
+        if len(content) > LARGEST_JSON:
             raise ValueError(f"larger than {LARGEST_JSON} bytes")
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError, OSError) as error:
         raise SuperposeError(
             f"no readable JSON: {error}", where=str(file), mend="fetch or save the file again"

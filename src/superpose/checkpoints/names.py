@@ -10,7 +10,7 @@ from superpose.kinds import Kind
 # First match wins; names are matched in lower case. Norms stand before biases: a norm's bias is of kind norm.
 _PATTERNS: tuple[tuple[str, Kind], ...] = (
     (r"(^|\.)(running_mean|running_var|num_batches_tracked|position_ids|inv_freq|masked_bias)$", Kind.BUFFER),
-    (r"(^|\.)(token_type_ids|attn\.bias|attention_mask|causal_mask|rotary_emb\..*)$", Kind.BUFFER),
+    (r"(^|\.)(token_type_ids|attention_mask|causal_mask|rotary_emb\..*)$", Kind.BUFFER),
     (r"logit_scale|logit_bias", Kind.SCALAR),
     (r"(^|[._])(layer_?norm\w*|rms_?norm|batch_?norm\d*|group_?norm|norm\w*|ln_?\w*|bn\d*)\.(weight|bias)$", Kind.NORM),
     (r"norm\.(weight|bias|scale|gamma|beta)$|\.(gamma|beta)$|(^|\.)\w*norm\w*\.(weight|bias)$", Kind.NORM),
@@ -41,6 +41,8 @@ def kind_of(name: str, shape: Sequence[int], *, is_float: bool = True) -> Kind:
     if not is_float:
         return Kind.BUFFER
     lowered = name.lower()
+    if lowered.endswith("attn.bias") and len(shape) >= 3:
+        return Kind.BUFFER  # GPT-2's causal mask
     for pattern, kind in _COMPILED:
         if pattern.search(lowered):
             return kind

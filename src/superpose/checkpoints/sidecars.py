@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Whole names and suffixes of files that belong to a model and hold no weights.
-NAMES = frozenset(
-    {
-        "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
-        "normalizer.json", "preprocessor_config.json", "processor_config.json", "special_tokens_map.json",
-        "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json",
-        "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm", "tekken.json",
-    }
-)  # fmt: skip
+# What tokenizers and processors are called, of the many that transformers knows.
+NAMES = re.compile(
+    r"generation_config\.json|\w*(tokeni[sz]er|vocab|merges|token|special|processor|preprocessor|normalizer)\w*"
+    r"(-\w+)?\.(json|txt|model|bpe\.model|tsv)|chat_template\.\w+|\w*(spm|spiece|sentencepiece|bpe)\w*(\.\w+)*"
+    r"|\w+\.(model|spm|codes|tiktoken)|dict\.txt|tekken\.json"
+)
 DTYPE_WORDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -24,10 +22,16 @@ def sidecar_files(folder: Path | None, config: Mapping[str, Any]) -> list[Path]:
     """Return the files of a folder that the merged model takes over as they are; but config.json."""
     if folder is None:
         return []
-    found = [file for file in sorted(folder.iterdir()) if file.name in NAMES and file.is_file()]
+    found = [file for file in sorted(folder.iterdir()) if NAMES.fullmatch(file.name) and _is_own(file, folder)]
     if config.get("auto_map"):  # a model whose code comes with it; copied, never run
-        found += [file for file in sorted(folder.glob("*.py")) if file.is_file()]
+        found += [file for file in sorted(folder.glob("*.py")) if _is_own(file, folder)]
     return found
+
+
+def _is_own(file: Path, folder: Path) -> bool:
+    """Whether a file is the folder's own: no link out of it, but for the hub cache's to its blobs."""
+    place, home = file.resolve(), folder.resolve()
+    return file.is_file() and (home in place.parents or place.parent == home.parent.parent / "blobs")
 
 
 def copy_sidecars(folder: Path | None, config: Mapping[str, Any], target: Path, dtype: str | None) -> list[str]:

@@ -13,6 +13,9 @@ from torch import Tensor
 from superpose.checkpoints.headers import DTYPE_NAMES, FileHeaders, TensorHeader
 from superpose.errors import SuperposeError
 
+MOST_REPEATED = 2**24
+"""Bytes that a tensor may have beyond what the file holds of it, by repeating entries."""
+
 
 class TorchPickleReader:
     """An open file; its tensors are views of the mapped file."""
@@ -51,6 +54,11 @@ class TorchPickleFormat:
             if name == "__metadata__" or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
                 what = f"tensor {name} is nothing that safetensors can hold"
                 mend = "save it as a plain tensor under another name, or leave it out"
+                problems.append(SuperposeError(what, where=str(file), mend=mend))
+                continue
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes() + MOST_REPEATED:
+                what = f"tensor {name} repeats its entries: it declares more than the file holds"
+                mend = "save it with .contiguous()"
                 problems.append(SuperposeError(what, where=str(file), mend=mend))
                 continue
             place = (

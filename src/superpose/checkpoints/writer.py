@@ -7,6 +7,7 @@ a shard, and a restart finds every finished tensor in its place.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -141,17 +142,17 @@ class StreamWriter:
             place, left = place + written, left[written:]
         return data
 
-    def read_back(self, name: str) -> bytes:
-        """Return the bytes that lie at a tensor's place."""
-        slot = self._layout.slots[name]
-        pieces, place, end = [], slot.offset, slot.offset + slot.nbytes
+    def digest(self, name: str) -> str:
+        """Return the sha256 of the bytes that lie at a tensor's place."""
+        slot, digest = self._layout.slots[name], hashlib.sha256()
+        place, end = slot.offset, slot.offset + slot.nbytes
         while place < end:
-            piece = os.pread(self._descriptors[slot.file], min(1 << 26, end - place), place)
+            piece = os.pread(self._descriptors[slot.file], min(1 << 22, end - place), place)
             if not piece:
                 break
-            pieces.append(piece)
+            digest.update(piece)
             place += len(piece)
-        return b"".join(pieces)
+        return digest.hexdigest()
 
     def sync(self) -> None:
         """Bring everything written to the disk."""
@@ -169,7 +170,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's bytes, in little endian and row order, without copying where it is contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if not flat.numel():
-        return memoryview(b"")
+        return memoryview(bytearray())
     return flat.view(torch.uint8).numpy().data.cast("B")
 
 

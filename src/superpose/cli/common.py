@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from superpose.recipe import Recipe
 
 BAD_INPUT, INTERRUPTED = 2, 130
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG, errno.ENAMETOOLONG)
 
 Models = Annotated[
     list[str],
@@ -136,13 +136,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right:
     """Print a table on stdout; as wide as it needs where there is no terminal to fit into."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(str(cell)) for cell in row))  # as text: a name with brackets is no markup
     console.print(table)
 
 

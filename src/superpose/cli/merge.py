@@ -37,7 +37,7 @@ def merge(
     Interrupted or killed, the same command goes on where it was.
     """
     output = output.expanduser().resolve()
-    with exit_codes(kept=output.with_name(output.name + ".partial")):
+    with exit_codes(kept=output.parent / f"{output.name}.partial"):
         from superpose import api
 
         recipe = recipe_from(models, method=method, weights=weights, dtype=dtype, seed=seed, shard_size=shard_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -48,8 +49,11 @@ def count_kept(density: float, numel: int) -> int:
     """Return how many of `numel` entries a density keeps: floor(density * numel), at least 1 when density > 0."""
     if density <= 0 or numel == 0:
         return 0
-    # The 1e-9 undoes binary rounding: 0.29 * 100 is 28.999999999999996.
-    return min(numel, max(1, math.floor(density * numel + 1e-9)))
+    # A density is a rounded number: in binary 0.29 * 100 is 28.999999999999996, and 29 is meant.
+    exact = Fraction(float(density)) * numel
+    meant = round(exact)
+    count = meant if abs(exact - meant) <= exact * Fraction(2) ** -52 else math.floor(exact)
+    return min(numel, max(1, count))
 
 
 def find_cut(vector: Float[Tensor, " entries"], kept: int) -> Cut:

@@ -80,8 +80,7 @@ def svd_of_product(left: Float[Tensor, "out inner"], right: Float[Tensor, "inner
 def numerical_rank(s: Float[Tensor, " rank"], size: int, dtype: torch.dtype) -> int:
     """Return how many singular values exceed size * eps(dtype) * the largest.
 
-     Smaller ones are rounding noise, and their directions arbitrary: as constraints they would change the merge
-    .
+    Smaller ones are rounding noise, and their directions arbitrary: as constraints they would change the merge.
     """
     if len(s) == 0 or s[0] == 0:
         return 0

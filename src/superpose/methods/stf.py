@@ -81,8 +81,9 @@ def stf_cost(shape: Sequence[int], tasks: int, options: StfOptions) -> Cost:
     out, in_ = shape[0], prod(shape[1:])
     small = min(out, in_)
     features = tasks * min(small, options.rank or small)
-    numbers = (tasks + 1) * out * in_ + 2 * features * (out + in_) + 2 * features**2
-    in_double = 3 * out * in_ + 4 * small**2
+    numbers = (tasks + 1) * out * in_ + 2 * features * (out + in_)
+    # The system in float64, its eigenvectors and work space: what the slowest route takes.
+    in_double = 3 * out * in_ + 4 * small**2 + 4 * features**2
     flops = tasks * (2.0 * out * in_ * small + 12 * small**3) + features**2 * (out + in_ + 60)
     return Cost(4 * numbers + 8 * in_double, flops)
 
@@ -169,7 +170,9 @@ def superpose_features(tasks: Sequence[Features], *, ridge: float = 0.0, solver:
 def _merge_stack(matrices: Float[Tensor, "tasks *shape"], kind: Kind, options: StfOptions) -> Merged:
     """Merge one matrix per task, or, for a stack of linear maps (experts), one after the other."""
     if kind is not Kind.LINEAR or matrices.ndim != 4:
-        return _merge_matrices(matrices.flatten(2), options, matrices.shape[1:])
+        out = matrices.shape[1]
+        flat = matrices.reshape(len(matrices), out, prod(matrices.shape[2:]))
+        return _merge_matrices(flat, options, matrices.shape[1:])
     merged = [_merge_matrices(member, options, member.shape[1:]) for member in matrices.unbind(1)]
     stats = {
         "features": sum(int(member.stats["features"]) for member in merged),
@@ -183,7 +186,7 @@ def _merge_stack(matrices: Float[Tensor, "tasks *shape"], kind: Kind, options: S
 
 def _merge_matrices(matrices: Float[Tensor, "tasks out in_"], options: StfOptions, shape: torch.Size) -> Merged:
     """Superpose the features of one matrix per task."""
-    tasks = [_features(matrix, options) for matrix in matrices]
+    tasks = [_features(matrix, options) for matrix in matrices] if matrices.numel() else []
     present = [index for index, task in enumerate(tasks) if task.count]
     if len(present) == 0:
         stats = {"features": 0, "rank": 0, "residual": 0.0, "condition": 1.0}

@@ -8,7 +8,7 @@ checks.py    device, backend, output, room on the disk
 
 from superpose.planning.checks import check_output
 from superpose.planning.items import CHUNK, SURVEY_CHUNK, Settings, WorkItem, code_digest
-from superpose.planning.plan import Plan, make_plan, plan_tensors
+from superpose.planning.plan import Plan, make_plan, plan_tensors, shared_memory
 
 __all__ = [
     "CHUNK",
@@ -20,4 +20,5 @@ __all__ = [
     "code_digest",
     "make_plan",
     "plan_tensors",
+    "shared_memory",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -13,21 +15,37 @@ from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.writer import Layout
 from superpose.errors import SuperposeError, nearest
 from superpose.planning.items import Settings
+from superpose.recipe import Rule
+from superpose.records import RECORD_FILE
+
+LONGEST_NAME = 230
+"""Bytes of a file name, less what is added to it while a merge runs."""
 
 
 def check_output(
     base: Checkpoint, tuned: Sequence[Checkpoint], output: Path, *, overwrite: bool
 ) -> list[SuperposeError]:
     """Return what forbids an output of this name: it exists, or an input would be overwritten."""
+    place, mend = output.resolve(), "choose another name for the output"
+    if not output.name or len(os.fsencode(output.name)) > LONGEST_NAME:
+        return [SuperposeError("the output has no usable name", where=str(output), mend=mend)]
+    for checkpoint in (base, *tuned):
+        inputs = [file.resolve() for file in checkpoint.files]
+        inputs += [checkpoint.folder.resolve()] if checkpoint.folder else []
+        inside = checkpoint.folder is not None and checkpoint.folder.resolve() in place.parents
+        if inside or any(place in (known, *known.parents) for known in inputs):
+            what = f"the output would lie in or replace {checkpoint.name}"
+            return [SuperposeError(what, where=str(output), mend=mend)]
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return []
-    for checkpoint in (base, *tuned):
-        place = (checkpoint.folder or checkpoint.files[0]).resolve() if checkpoint.tensors else None
-        if place is not None and output.resolve() in (place, *place.parents):
-            mend = "choose another name for the output"
-            return [SuperposeError(f"the output would overwrite {checkpoint.name}", where=str(output), mend=mend)]
-    if overwrite:
+    if overwrite and (output / RECORD_FILE).is_file():
         return []
+    if overwrite:
+        what, mend = (
+            "what is there is no output of superpose, and is not overwritten",
+            "move it, or choose another name",
+        )
+        return [SuperposeError(what, where=str(output), mend=mend)]
     return [SuperposeError("the output exists already", where=str(output), mend="choose another name, or --overwrite")]
 
 
@@ -40,6 +58,9 @@ def check_device(settings: Settings) -> list[SuperposeError]:
     except RuntimeError:
         known = "cpu, cuda, cuda:N, auto"
         return [SuperposeError(f"'{settings.device}' is no device", where="--device", mend=f"choose one of {known}")]
+    if device.type not in ("cpu", "cuda"):
+        what, mend = f"'{settings.device}' is not supported", "choose one of cpu, cuda, cuda:N, auto"
+        return [SuperposeError(what, where="--device", mend=mend)]
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         what = f"no such GPU: {torch.cuda.device_count()} are there"
         return [SuperposeError(what, where=f"--device {settings.device}", mend="use --device cpu, or auto")]
@@ -69,3 +90,27 @@ def check_backend(settings: Settings) -> list[SuperposeError]:
         return []
     mend = nearest(settings.backend, backend_names())
     return [SuperposeError(f"no backend is named '{settings.backend}'", where="--backend", mend=mend)]
+
+
+def check_rules(rules: Sequence[Rule], base: Checkpoint) -> list[SuperposeError]:
+    """Return the rules that would drop what the base has."""
+    return [
+        SuperposeError(
+            f"a rule drops {name}, which the base has",
+            where=f"rule {{{rule}}}",
+            mend="drop is for tensors that only fine-tunes have; keep: base takes the base's",
+        )
+        for rule in rules
+        if rule.drop
+        for name in sorted(name for name in base.tensors if rule.match and rule.applies(name, rule.kind))[:1]
+    ]
+
+
+def unused_rules(rules: Sequence[Rule], checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Return a note for each rule whose pattern matches no tensor of any checkpoint."""
+    names = {name for checkpoint in checkpoints for name in checkpoint.tensors}
+    return [
+        f"rule {{{rule}}} matches no tensor"
+        for rule in rules
+        if rule.match and not any(fnmatchcase(name, rule.match) for name in names)
+    ]

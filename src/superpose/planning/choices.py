@@ -10,7 +10,7 @@ from superpose.checkpoints.architecture import Architecture
 from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.names import kind_of
 from superpose.errors import SuperposeError
-from superpose.kinds import Kind
+from superpose.kinds import MATRIX_KINDS, Kind
 from superpose.options import build_options
 from superpose.recipe import Recipe, Rule
 from superpose.registry import Method, find_method
@@ -63,13 +63,29 @@ class ChosenMethods:
         self._found[id(rule) if rule is not None else None] = (method, options)
 
 
-def choose_kinds(base: Checkpoint, architecture: Architecture, rules: Sequence[Rule]) -> dict[str, tuple[Kind, str]]:
-    """Return each tensor's kind and how it is known: by a rule, by its module, else by name and shape."""
+def choose_kinds(
+    base: Checkpoint, architecture: Architecture, rules: Sequence[Rule], problems: list[SuperposeError]
+) -> dict[str, tuple[Kind, str]]:
+    """Return each tensor's kind and how it is known: by a rule, by its module, else by name and shape.
+
+    Args:
+        base: the base.
+        architecture: what its modules say.
+        rules: the recipe's.
+        problems: what is wrong is added to it.
+
+    Returns:
+        Tensor name to kind and "rule", "module" or "name".
+    """
     kinds = {}
     for name, header in base.tensors.items():
         rule = next((rule for rule in rules if rule.sets_kind and rule.applies(name, None)), None)
         if rule is not None and rule.kind is not None and header.is_float:
             kinds[name] = rule.kind, "rule"
+            if rule.kind in MATRIX_KINDS and len(header.shape) < 2:
+                what = f"a tensor of shape {list(header.shape)} cannot be of kind {rule.kind}"
+                where = f"{header.file}, tensor {name}, rule {{{rule}}}"
+                problems.append(SuperposeError(what, where=where, mend="narrow the rule's match"))
         elif name in architecture.kinds and header.is_float:
             kinds[name] = architecture.kinds[name], "module"
         else:

@@ -148,6 +148,8 @@ def make_item(
     groups = architecture.groups.get(header.name, 1)
     if 1 < groups < header.shape[0] and header.shape[1] > 1:
         parts = 0, (header.shape[0] // groups,) * groups
+    if kind is Kind.LINEAR and len(header.shape) == 3:
+        parts = 0, (1,) * header.shape[0]  # experts: merged as they would be if each were stored by itself
     return WorkItem(
         name=header.name,
         kind=kind,
@@ -163,6 +165,16 @@ def make_item(
         tuned=sources,
         parts=parts if method_name else None,
     )
+
+
+def with_common_dtype(items: Sequence[WorkItem]) -> list[WorkItem]:
+    """Return the items with one dtype of arithmetic for all that a survey compares."""
+    wide = {
+        (item.method, item.options)
+        for item in items
+        if item.action == "merge" and find_method(item.method).survey and item.compute == torch.float64
+    }
+    return [replace(item, compute=torch.float64) if (item.method, item.options) in wide else item for item in items]
 
 
 def with_cost(item: WorkItem, settings: Settings) -> WorkItem:
@@ -181,6 +193,10 @@ def with_cost(item: WorkItem, settings: Settings) -> WorkItem:
     shape = _part_shape(item)
     cost = method.cost(shape, tasks, item.options) if method.cost else Cost(3 * wide * share * (tasks + 1), 20.0)
     memory = cost.memory + wide * share * (tasks + 3)
+    if item.parts:  # copies of the pieces, and the result while it is put together
+        memory += item.numel * (
+            wide * 3 + sum(header.nbytes for header in (item.base, *item.tuned) if header) // max(item.numel, 1)
+        )
     if measures:
         memory += 8 * share * (tasks + 3)
     return replace(item, memory=memory, flops=cost.flops * (len(item.parts[1]) if item.parts else 1))

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from superpose.backends import make_backend
 from superpose.checkpoints.architecture import Architecture, read_architecture
 from superpose.checkpoints.compare import align
 from superpose.checkpoints.folder import Checkpoint, open_checkpoint
-from superpose.checkpoints.headers import DTYPE_NAMES, TensorInMemory
+from superpose.checkpoints.headers import DTYPE_NAMES, TensorHeader, TensorInMemory
 from superpose.checkpoints.names import kind_of
 from superpose.checkpoints.writer import Layout, lay_out
-from superpose.errors import SuperposeError, raise_all
+from superpose.errors import SuperposeError, nearest, raise_all
 from superpose.kinds import Kind
-from superpose.planning.checks import check_backend, check_device, check_output, check_room
+from superpose.planning.checks import check_backend, check_device, check_output, check_room, check_rules, unused_rules
 from superpose.planning.choices import ChosenMethods, choose_kinds, is_dropped, is_kept
-from superpose.planning.items import Settings, WorkItem, make_item, with_cost, with_keys
+from superpose.planning.items import Settings, WorkItem, make_item, with_common_dtype, with_cost, with_keys
 from superpose.recipe import Recipe
 
 
@@ -35,6 +37,7 @@ class Plan:
         items: one per tensor of the output, by name.
         layout: where each tensor goes.
         weights: one per tuned model.
+        options: of the recipe's method, defaults filled in.
         notes: what was assumed, in words.
     """
 
@@ -45,6 +48,7 @@ class Plan:
     items: tuple[WorkItem, ...]
     layout: Layout
     weights: tuple[float, ...]
+    options: Any
     notes: tuple[str, ...]
 
     @property
@@ -93,11 +97,16 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     if base is None:
         raise_all(problems)
         raise AssertionError("no base and no problem")
-    architecture = read_architecture(base.folder, base.config)
-    kinds = choose_kinds(base, architecture, recipe.rules)
+    architecture = read_architecture(base.folder, base.config, len(base.tensors))
+    kinds = choose_kinds(base, architecture, recipe.rules, problems)
     tied = {**architecture.tied, **base.aliases}
     notes = [f"kinds are told by names and shapes: {architecture.reason}"] if architecture.reason else []
     names = sorted(base.tensors)
+    if not names and not base.problems:
+        mend = "give a checkpoint with weights"
+        problems.append(SuperposeError("the base holds no tensors", where=base.name, mend=mend))
+    problems += check_rules(recipe.rules, base)
+    notes += unused_rules(recipe.rules, [base, *tuned])
     wanted = {name: kinds[name][0] for name in names if not is_kept(name, kinds[name][0], recipe.rules)}
     alignments = []
     for checkpoint in tuned:
@@ -112,12 +121,12 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
         header, (kind, kind_from) = base.tensors[name], kinds[name]
         sources = tuple(found.get(name) for found in alignments)
         items.append(make_item(header, kind, kind_from, sources, recipe, chosen, architecture))
-    items = [with_cost(item, settings) for item in items]
+    items = [with_cost(item, settings) for item in with_common_dtype(items)]
     items = with_keys(items, recipe, weights, settings)
     layout = lay_out([(item.name, item.dtype, item.shape) for item in items], recipe.output.shard_size)
     raise_all(check_room(layout, output))
     notes += _notes(items, base, settings)
-    return Plan(recipe, settings, base, tuple(tuned), tuple(items), layout, weights, tuple(notes))
+    return Plan(recipe, settings, base, tuple(tuned), tuple(items), layout, weights, chosen.of(None)[1], tuple(notes))
 
 
 def plan_tensors(
@@ -145,7 +154,15 @@ def plan_tensors(
     chosen = ChosenMethods(recipe, problems)
     checkpoints = [_in_memory("base", base)]
     checkpoints += [_in_memory(name, tensors) for name, tensors in zip(recipe.task_names, tuned, strict=True)]
+    for checkpoint in checkpoints:
+        problems += checkpoint.problems
     known: dict[str, tuple[Kind, str]] = {}
+    for name in kinds or {}:
+        if name not in base:
+            problems.append(SuperposeError(f"the base has no tensor {name}", where="kinds", mend=nearest(name, base)))
+    if unknown := [kind for kind in (kinds or {}).values() if kind not in set(Kind)]:
+        mend = nearest(str(unknown[0]), [str(kind) for kind in Kind])
+        raise SuperposeError(f"'{unknown[0]}' is no kind", where="kinds", mend=mend)
     for name, header in checkpoints[0].tensors.items():
         given = (kinds or {}).get(name)
         told = kind_of(name, header.shape, is_float=header.is_float)
@@ -162,15 +179,33 @@ def plan_tensors(
         for name, header in sorted(checkpoints[0].tensors.items())
         for kind, kind_from in [known[name]]
     ]
-    return [with_cost(item, Settings()) for item in items]
+    return [with_cost(item, Settings()) for item in with_common_dtype(items)]
 
 
 def _in_memory(name: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
-    headers = {
-        key: TensorInMemory(key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), Path(name), tensor.detach())
-        for key, tensor in tensors.items()
-    }
-    return Checkpoint(name, None, "", headers, {}, {}, ())
+    headers: dict[str, TensorHeader] = {}
+    problems = []
+    aliases = shared_memory(tensors)
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPE_NAMES:
+            what = f"{key} is no tensor of a dtype that can be merged or copied"
+            problems.append(SuperposeError(what, where=name, mend="leave it out, or convert it"))
+        elif key not in aliases:
+            shape = tuple(tensor.shape)
+            headers[key] = TensorInMemory(key, DTYPE_NAMES[tensor.dtype], shape, Path(name), tensor.detach())
+    return Checkpoint(name, None, "", headers, aliases, {}, tuple(problems))
+
+
+def shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the names of tensors that are the same memory as an earlier one, to that one's name."""
+    seen: dict[tuple, str] = {}
+    aliases = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.numel() and tensor.layout == torch.strided:
+            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if seen.setdefault(place, name) != name:
+                aliases[name] = seen[place]
+    return aliases
 
 
 def _open_all(recipe: Recipe, problems: list[SuperposeError]) -> tuple[Checkpoint | None, list[Checkpoint]]:
