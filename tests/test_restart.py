@@ -207,12 +207,32 @@ def test_killed_while_an_output_is_replaced_nothing_is_lost_or_left(tmp_path, mo
         patch.setattr(type(tmp_path), "rename", second_fails)
         with pytest.raises(KeyboardInterrupt):
             library.merge(recipe(folders, method="stf"), tmp_path / "out", overwrite=True)
-    assert weights(tmp_path / "out.replaced") == first
+    assert weights(tmp_path / ".out.superpose-replaced") == first
     output_folder.settle_replaced(tmp_path / "out")
     assert weights(tmp_path / "out") == first
     library.merge(recipe(folders, method="stf"), tmp_path / "out", overwrite=True)
     assert weights(tmp_path / "out") != first
-    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("out.")]
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(("out.", ".out"))]
+
+
+def test_folders_that_merely_sound_like_ours_are_left_alone(tmp_path):
+    folders = make_family(tmp_path)
+    library.merge(recipe(folders, method="average"), tmp_path / "out.replaced")
+    first = weights(tmp_path / "out.replaced")
+    with pytest.raises(SuperposeError, match="merges under way"):
+        library.merge(recipe(folders), tmp_path / "out.partial")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "run.json").write_text('{"experiment": 7}')
+    with pytest.raises(SuperposeError, match="in the way"):
+        library.merge(recipe(folders), tmp_path / "out")
+    (tmp_path / "out.partial" / "run.json").rename(tmp_path / "run.json")
+    library.merge(recipe(folders, method="stf"), tmp_path / "out")
+    library.merge(recipe(folders, method="stf"), tmp_path / "out", overwrite=True)
+    assert weights(tmp_path / "out.replaced") == first
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text('{"experiment": 7}')
+    with pytest.raises(SuperposeError, match="no output of superpose"):
+        library.merge(recipe(folders), tmp_path / "other", overwrite=True)
 
 
 def test_two_merges_do_not_write_one_output(tmp_path):

@@ -11,7 +11,7 @@ from typing import IO
 
 from superpose.checkpoints.writer import Layout
 from superpose.errors import SuperposeError
-from superpose.records import RECORD_FILE
+from superpose.records import is_output
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -25,7 +25,7 @@ def make_partial(folder: Path) -> None:
     Raises:
         SuperposeError: something else is there, or it cannot be made.
     """
-    ours = (folder / JOURNAL_FILE).exists() or (folder / RECORD_FILE).exists()
+    ours = (folder / JOURNAL_FILE).exists() or is_output(folder)
     if folder.exists() and any(folder.iterdir()) and not ours:
         raise SuperposeError(
             "this folder is in the way, and no merge of superpose made it",
@@ -106,7 +106,7 @@ def _acquire(path: Path) -> IO[str]:
 def settle_replaced(output: Path) -> None:
     """Finish what a run left that was killed while it replaced an output."""
     replaced = _replaced(output)
-    if not (replaced / RECORD_FILE).is_file():
+    if not is_output(replaced):
         return
     if output.exists():
         shutil.rmtree(replaced)
@@ -131,7 +131,8 @@ def publish(partial_folder: Path, output: Path) -> None:
 
 
 def _replaced(output: Path) -> Path:
-    return output.with_name(output.name + ".replaced")
+    # A name that nobody gives an output: what lies there is moved back or deleted.
+    return output.with_name(f".{output.name}.superpose-replaced")
 
 
 def _sync(path: Path) -> None:

@@ -90,6 +90,15 @@ class RunRecord:
         return cls.from_json((Path(folder) / RECORD_FILE).read_text(encoding="utf-8"))
 
 
+def is_output(folder: Path) -> bool:
+    """Whether a folder holds a record of superpose, and not just a file of that name."""
+    try:
+        content = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        return "superpose" in content["versions"]
+    except (OSError, ValueError, KeyError, TypeError):  # no record, or not ours
+        return False
+
+
 def tensor_record(entry: Mapping[str, Any]) -> TensorRecord:
     """Return a tensor's record from its JSON form."""
     content = {**entry, "shape": tuple(entry["shape"]), "warnings": tuple(entry["warnings"])}

@@ -72,7 +72,7 @@ def read_architecture(folder: Path | None, config: Mapping[str, Any], tensors: i
             build = getattr(model_class, "_from_config", None) or model_class.from_config
             model = build(loaded)
             return _read_modules(model)
-    except Exception as error:
+    except Exception as error:  # any failure of the library leaves names and shapes, and is shown as the reason
         return Architecture(reason=f"transformers could not build it: {str(error).strip().partition(chr(10))[0][:120]}")
 
 

@@ -16,8 +16,9 @@ from superpose.checkpoints.writer import Layout
 from superpose.errors import SuperposeError, nearest
 from superpose.planning.items import Settings
 from superpose.recipe import Rule
-from superpose.records import RECORD_FILE
+from superpose.records import is_output
 
+PARTIAL = ".partial"
 LONGEST_NAME = 230
 """Bytes of a file name, less what is added to it while a merge runs."""
 
@@ -29,6 +30,9 @@ def check_output(
     place, mend = output.resolve(), "choose another name for the output"
     if not output.name or len(os.fsencode(output.name)) > LONGEST_NAME:
         return [SuperposeError("the output has no usable name", where=str(output), mend=mend)]
+    if output.name.endswith(PARTIAL):
+        what = f"names that end in {PARTIAL} are those of merges under way"
+        return [SuperposeError(what, where=str(output), mend=mend)]
     for checkpoint in (base, *tuned):
         inputs = [file.resolve() for file in checkpoint.files]
         inputs += [checkpoint.folder.resolve()] if checkpoint.folder else []
@@ -38,7 +42,7 @@ def check_output(
             return [SuperposeError(what, where=str(output), mend=mend)]
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return []
-    if overwrite and (output / RECORD_FILE).is_file():
+    if overwrite and is_output(output):
         return []
     if overwrite:
         what, mend = (
