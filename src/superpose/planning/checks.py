@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from superpose.backends import backend_names
 from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.writer import Layout
 from superpose.errors import SuperposeError, nearest
+from superpose.kinds import Kind
 from superpose.planning.items import Settings
 from superpose.recipe import Rule
 from superpose.records import is_output
@@ -96,8 +97,8 @@ def check_backend(settings: Settings) -> list[SuperposeError]:
     return [SuperposeError(f"no backend is named '{settings.backend}'", where="--backend", mend=mend)]
 
 
-def check_rules(rules: Sequence[Rule], base: Checkpoint) -> list[SuperposeError]:
-    """Return the rules that would drop what the base has."""
+def check_rules(rules: Sequence[Rule], kinds: Mapping[str, tuple[Kind, str]]) -> list[SuperposeError]:
+    """Return the rules that would drop what the base has, given the kinds of its tensors."""
     return [
         SuperposeError(
             f"a rule drops {name}, which the base has",
@@ -106,7 +107,7 @@ def check_rules(rules: Sequence[Rule], base: Checkpoint) -> list[SuperposeError]
         )
         for rule in rules
         if rule.drop
-        for name in sorted(name for name in base.tensors if rule.match and rule.applies(name, rule.kind))[:1]
+        for name in sorted(name for name, (kind, _) in kinds.items() if rule.applies(name, kind))[:1]
     ]
 
 

@@ -101,7 +101,7 @@ def acting_rule(name: str, kind: Kind, rules: Sequence[Rule]) -> Rule | None:
 def is_kept(name: str, kind: Kind, rules: Sequence[Rule]) -> bool:
     """Whether a rule keeps the base's tensor."""
     rule = acting_rule(name, kind, rules)
-    return rule is not None and (rule.keep is not None or rule.drop)
+    return rule is not None and rule.keep is not None
 
 
 def is_dropped(name: str, rules: Sequence[Rule]) -> bool:

@@ -128,7 +128,7 @@ def make_item(
     rule = acting_rule(header.name, kind, recipe.rules)
     why, method_name, options = "", "", None
     statistics = header.name.endswith(("running_mean", "running_var"))
-    if rule is not None and (rule.keep or rule.drop):
+    if rule is not None and rule.keep:
         why, sources = f"rule {{{rule}}}", ()
     elif not header.is_float:
         why = "not a number that can be merged"
@@ -194,9 +194,7 @@ def with_cost(item: WorkItem, settings: Settings) -> WorkItem:
     cost = method.cost(shape, tasks, item.options) if method.cost else Cost(3 * wide * share * (tasks + 1), 20.0)
     memory = cost.memory + wide * share * (tasks + 3)
     if item.parts:  # copies of the pieces, and the result while it is put together
-        memory += item.numel * (
-            wide * 3 + sum(header.nbytes for header in (item.base, *item.tuned) if header) // max(item.numel, 1)
-        )
+        memory += sum(header.nbytes for header in (item.base, *item.tuned) if header) + 3 * wide * item.numel
     if measures:
         memory += 8 * share * (tasks + 3)
     return replace(item, memory=memory, flops=cost.flops * (len(item.parts[1]) if item.parts else 1))

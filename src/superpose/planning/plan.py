@@ -105,7 +105,7 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     if not names and not base.problems:
         mend = "give a checkpoint with weights"
         problems.append(SuperposeError("the base holds no tensors", where=base.name, mend=mend))
-    problems += check_rules(recipe.rules, base)
+    problems += check_rules(recipe.rules, kinds)
     notes += unused_rules(recipe.rules, [base, *tuned])
     wanted = {name: kinds[name][0] for name in names if not is_kept(name, kinds[name][0], recipe.rules)}
     alignments = []
