@@ -7,22 +7,41 @@ import pytest
 import torch
 from families import base_tensors, load, make_family, save, superpose, tuned_tensors, weights
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import superpose as library
 from superpose import RunRecord, SuperposeError
+from superpose.cli import app
 
 METHODS = [method.name for method in library.list_methods()]
+MOST = {method.name: method.models[1] for method in library.list_methods()}
+SIDED = {"iso_cts", "knots"}  # a basis of the output side: a matrix stored in x out is merged as stored
+RANDOM = {method.name for method in library.list_methods() if "generator" in method.wants}
 
 
 def recipe(folders, **more):
-    return {"base": str(folders[0]), "models": [str(folder) for folder in folders[1:]], **more}
+    """Return a recipe with as many of the fine-tunes as its method can merge."""
+    models = fitting(more.get("method", "stf"), folders)[1:]
+    return {"base": str(folders[0]), "models": [str(folder) for folder in models], **more}
+
+
+def in_process(*arguments):
+    """Run the command line in this process: importing torch anew takes longer than the merge."""
+    done = CliRunner().invoke(app, [*map(str, arguments), "--quiet"])
+    assert done.exit_code == 0, done.stderr
+
+
+def fitting(method, models):
+    """Return the base and as many fine-tunes as the method can merge."""
+    return models if MOST[method] is None else models[: MOST[method] + 1]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_folders_and_mappings_merge_alike(tmp_path, method):
-    folders = make_family(tmp_path)
-    superpose("merge", *folders, "-o", tmp_path / "out", "--method", method, "--quiet")
-    expected = library.merge_tensors(load(folders[0]), [load(folder) for folder in folders[1:]], method)
+    folders = fitting(method, make_family(tmp_path))
+    in_process("merge", *folders, "-o", tmp_path / "out", "--method", method)
+    names = [folder.name for folder in folders[1:]]
+    expected = library.merge_tensors(load(folders[0]), [load(folder) for folder in folders[1:]], method, names=names)
     found = load(tmp_path / "out")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -31,25 +50,33 @@ def test_folders_and_mappings_merge_alike(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_same_bytes_whatever_the_backend_the_shards_and_the_hash_seed(tmp_path, method):
-    folders = make_family(tmp_path, layers=4, dtype=torch.bfloat16)
+def test_same_bytes_whatever_the_backend_and_the_shards(tmp_path, method):
+    folders = fitting(method, make_family(tmp_path, layers=4, dtype=torch.bfloat16))
     sharded = [save(tmp_path / "sharded" / folder.name, load(folder), shards=7, reverse=True) for folder in folders]
-    common = ["--method", method, "--quiet"]
-    superpose("merge", *folders, "-o", tmp_path / "a", *common, "--backend", "serial", PYTHONHASHSEED="1")
-    superpose("merge", *sharded, "-o", tmp_path / "b", *common, "--workers", "3", PYTHONHASHSEED="2")
+    in_process("merge", *folders, "-o", tmp_path / "a", "--method", method, "--backend", "serial")
+    in_process("merge", *sharded, "-o", tmp_path / "b", "--method", method, "--workers", "3")
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
-    superpose("merge", *folders, "-o", tmp_path / "c", *common, "--shard-size", "1KiB", "--memory", "1KiB")
+    small = ["--shard-size", "1KiB", "--memory", "1KiB"]
+    in_process("merge", *folders, "-o", tmp_path / "c", "--method", method, *small)
     assert len(weights(tmp_path / "c")) > 10
     merged, pieces = load(tmp_path / "a"), load(tmp_path / "c")
     assert all(torch.equal(pieces[name], tensor) for name, tensor in merged.items())
+
+
+@pytest.mark.parametrize("method", ["stf", "dare_ties", "pcb"])
+def test_same_bytes_whatever_the_hash_seed(tmp_path, method):
+    folders = make_family(tmp_path)
+    for seed in ("1", "2"):
+        superpose("merge", *folders, "-o", tmp_path / seed, "--method", method, "--quiet", PYTHONHASHSEED=seed)
+    assert weights(tmp_path / "1") == weights(tmp_path / "2")
 
 
 def test_large_tensors_are_merged_in_pieces_as_in_one(tmp_path, monkeypatch):
     folders = make_family(tmp_path, layers=1, width=24)
     for method in METHODS:
         library.merge(recipe(folders, method=method), tmp_path / f"{method}-whole")
-    monkeypatch.setattr("superpose.merge_tensor.CHUNK", 7)
-    monkeypatch.setattr("superpose.merge_tensor.SURVEY_CHUNK", 11)
+    monkeypatch.setattr("superpose.merge_tensor.CHUNK", 56)
+    monkeypatch.setattr("superpose.merge_tensor.SURVEY_CHUNK", 88)
     for method in METHODS:
         library.merge(recipe(folders, method=method), tmp_path / f"{method}-pieces")
         assert weights(tmp_path / f"{method}-whole") == weights(tmp_path / f"{method}-pieces"), method
@@ -224,14 +251,15 @@ def test_fused_projections_merge_like_split_ones():
     split = [{f"attn.{name}_proj.weight": part for name, part in zip("qkv", model, strict=True)} for model in parts]
     fused = [{"attn.in_proj_weight": torch.cat(model)} for model in parts]
     stored = [{"h.attn.c_attn.weight": torch.cat([part.T for part in model], dim=1)} for model in parts]
-    for method in METHODS:
+    for method in sorted(set(METHODS) - RANDOM | {"knots", "metagpt"}):  # random numbers go by the tensor's name
+        split, fused, stored = (fitting(method, models) for models in (split, fused, stored))
         options = {"density_scope": "tensor"} if method == "ties" else {}
         apart = library.merge_tensors(split[0], split[1:], method, **options)
         whole = library.merge_tensors(fused[0], fused[1:], method, **options)["attn.in_proj_weight"]
         other = library.merge_tensors(stored[0], stored[1:], method, **options)["h.attn.c_attn.weight"]
         expected = torch.cat([apart[f"attn.{name}_proj.weight"] for name in "qkv"])
         assert torch.equal(whole, expected), method
-        assert torch.allclose(other.T, expected, atol=1e-5), method
+        assert method in SIDED or torch.allclose(other.T, expected, atol=1e-5), method
 
 
 def test_a_hub_id_is_merged_from_the_cache_with_its_commit_in_the_record(tmp_path, monkeypatch):

@@ -106,6 +106,7 @@ def merge_tensors(
     weights: Sequence[float] | None = None,
     kinds: Mapping[str, Kind] | None = None,
     seed: int = 0,
+    names: Sequence[str] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Merge mappings of tensors in memory, by the code that merges files.
@@ -117,6 +118,7 @@ def merge_tensors(
         weights: one per tuned model, for methods that take them.
         kinds: what each tensor is in its network; told by names and shapes where not given.
         seed: for methods that draw random numbers.
+        names: one per tuned model; a model's random numbers go by its name. "model 1" and so on when not given.
         **options: options of the method.
 
     Returns:
@@ -131,16 +133,16 @@ def merge_tensors(
     if weights is not None and len(weights) != len(tuned):
         what = f"{len(weights)} weights for {len(tuned)} models"
         raise SuperposeError(what, where="weights", mend="give one per model")
+    if names is not None and (len(names) != len(tuned) or len(set(names)) != len(names)):
+        raise SuperposeError("names are one per model, and distinct", where="names", mend="give other names")
     shares = [1.0] * len(tuned) if weights is None else [float(weight) for weight in weights]
-    models = tuple(
-        ModelEntry(path=f"model {number}", weight=share, name=f"model {number}")
-        for number, share in enumerate(shares, 1)
-    )
+    called = list(names) if names is not None else [f"model {number}" for number in range(1, len(tuned) + 1)]
+    models = tuple(ModelEntry(path=name, weight=share, name=name) for name, share in zip(called, shares, strict=True))
     if not all(math.isfinite(share) for share in shares):
         raise SuperposeError("a weight is no finite number", where="weights", mend="give finite numbers")
     recipe = Recipe(base="base", models=models, method=method, options=options, seed=seed)
     items = plan_tensors(base, tuned, recipe, kinds)
-    context = Context(recipe.task_names, tuple(shares), torch.device("cpu"), measure=False)
+    context = Context(recipe.task_names, tuple(shares), torch.device("cpu"), measure=False, seed=seed)
     merged = merge_in_memory(items, context)
     tied = {alias: merged[owner] for alias, owner in shared_memory(base).items()}
     return {name: merged[name] if name in merged else tied[name] for name in base}

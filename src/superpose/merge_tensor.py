@@ -20,6 +20,7 @@ from superpose.checkpoints.headers import TORCH_DTYPES, Reader, TensorHeader, Te
 from superpose.errors import SuperposeError
 from superpose.kinds import MATRIX_KINDS, Kind
 from superpose.maths.measures import feature_preservation
+from superpose.maths.randomness import Generator
 from superpose.maths.sparsify import Cuts, apply_cuts
 from superpose.maths.streaming import TensorChunks
 from superpose.maths.svd import thin_svd
@@ -40,12 +41,14 @@ class Context:
         weights: one per tuned model.
         device: where the arithmetic is done.
         measure: whether to measure how well each task's features survive.
+        seed: of random numbers.
     """
 
     task_names: tuple[str, ...]
     weights: tuple[float, ...]
     device: torch.device
     measure: bool
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,15 @@ class Part:
 
     def chunks(self, size: int) -> TensorChunks:
         """Return the part's task vectors (or weights, if its method acts on them), read in pieces."""
-        return TensorChunks(len(self.tuned), self.base.numel(), size, self.stacked, self.context.weights)
+        return TensorChunks(
+            len(self.tuned), self.base.numel(), size, self.stacked, self.context.weights,
+            tuple(self.base.shape), self.item.kind, self.generator,
+        )  # fmt: skip
+
+    @property
+    def generator(self) -> Generator:
+        """The part's random numbers."""
+        return Generator(self.context.seed, self.name, self.context.task_names)
 
     def stacked(self, start: int, stop: int) -> Tensor:
         """Return entries start..stop of the flattened task vectors (or weights).
@@ -236,7 +247,7 @@ def _merge_in_pieces(part: Part, method: Method, survey: Any, sink: _Sink) -> Ou
         stop = start + stacked.shape[1]
         within = survey.within(start, stop) if survey is not None else None
         base = part.base_piece(start, stop)
-        merged = _call(method, part, stacked, base, within)
+        merged = _call(method, part, stacked, base, within, part.generator.within(start))
         sink.add(merged.tensor if method.acts_on == "weights" else merged.tensor + base)
         warnings += _warnings(merged, part)
     return Outcome(warnings=tuple(dict.fromkeys(warnings)))
@@ -247,7 +258,7 @@ def _merge_whole(part: Part, method: Method, survey: Any, sink: _Sink) -> Outcom
     shape, numel = part.base.shape, part.base.numel()
     stacked = part.stacked(0, numel).reshape(len(part.tuned), *shape)
     base = part.base_piece(0, numel).reshape(shape)
-    merged = _call(method, part, stacked, base, survey)
+    merged = _call(method, part, stacked, base, survey, part.generator)
     measures: Mapping[str, Any] = {}
     if part.context.measure and part.item.kind in MATRIX_KINDS:
         measures = _measure(part, method, stacked, base, survey)
@@ -255,12 +266,14 @@ def _merge_whole(part: Part, method: Method, survey: Any, sink: _Sink) -> Outcom
     return Outcome(merged.stats, measures, _warnings(merged, part))
 
 
-def _call(method: Method, part: Part, stacked: Tensor, base: Tensor, survey: Any, **changed: Any) -> Merged:
+def _call(
+    method: Method, part: Part, stacked: Tensor, base: Tensor, survey: Any, generator: Generator, **changed: Any
+) -> Merged:
     options = replace(part.item.options, **changed) if changed else part.item.options
     # Running statistics are averaged whatever the models weigh: a weighted variance can be negative.
     equal = part.item.kind is Kind.BUFFER
     weights = None if equal else torch.tensor(part.context.weights, dtype=torch.float64)
-    return method(stacked, options, kind=part.item.kind, weights=weights, base=base, survey=survey)
+    return method(stacked, options, kind=part.item.kind, weights=weights, base=base, survey=survey, generator=generator)
 
 
 def _measure(part: Part, method: Method, stacked: Tensor, base: Tensor, survey: Any) -> dict[str, Any]:
@@ -268,7 +281,8 @@ def _measure(part: Part, method: Method, stacked: Tensor, base: Tensor, survey: 
     if part.item.kind is Kind.LINEAR and len(part.base.shape) != 2:
         return {}  # a stack of maps: no single matrix
     scales = hasattr(part.item.options, "scaling_factor")
-    merged = _call(method, part, stacked, base, survey, **({"scaling_factor": 1.0} if scales else {})).tensor
+    unscaled = {"scaling_factor": 1.0} if scales else {}
+    merged = _call(method, part, stacked, base, survey, part.generator, **unscaled).tensor
     task_vectors = stacked
     if method.acts_on == "weights":
         merged, task_vectors = merged - base, stacked - base

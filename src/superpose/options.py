@@ -103,7 +103,14 @@ def build_options(
                     mend=f"choose {spec.name} from {spec.allowed}; the default is {spec.default}",
                 )
             )
-    return options_type(**values), problems
+    try:
+        return options_type(**values), problems
+    except ValueError as error:  # each is allowed, but not together
+        mend = "; ".join(f"{name} is in {spec.allowed}, {spec.default} by default" for name, spec in specs.items())
+        return options_type(), [
+            *problems,
+            SuperposeError(f"{owner}: {error}", where=where, mend=f"choose others: {mend}"),
+        ]
 
 
 def _convert(spec: OptionSpec, value: Any) -> Any:

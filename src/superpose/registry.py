@@ -7,10 +7,12 @@ function itself. What the function wants beyond the tensors and its options it n
     weights   the recipe's weight of each model, shape (tasks,), float64
     base      the base tensor, shape (*shape)
     survey    numbers measured beforehand over the whole model (see `Survey`)
+    generator the tensor's random numbers (see `superpose.maths.randomness`)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,10 +23,9 @@ from superpose.errors import SuperposeError, nearest
 from superpose.kinds import Kind
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-WANTED_BY_NAME = frozenset({"kind", "weights", "base", "survey"})
+WANTED_BY_NAME = frozenset({"kind", "weights", "base", "survey", "generator"})
 LAWS = ("single", "same", "perm", "zero", "scale")
 
 
@@ -57,6 +58,21 @@ class Merged:
 
 
 @dataclass(frozen=True)
+class Breach:
+    """A law that a method breaks by design.
+
+    Args:
+        why: the reason, with what holds instead.
+        kinds: kinds of tensors for which it is broken.
+        tasks: a number of tasks at which the breach shows.
+    """
+
+    why: str
+    kinds: frozenset[Kind] = frozenset(Kind)
+    tasks: int = 3
+
+
+@dataclass(frozen=True)
 class Cost:
     """What merging one tensor takes.
 
@@ -67,35 +83,6 @@ class Cost:
 
     memory: int
     flops: float
-
-
-@runtime_checkable
-class Chunks(Protocol):
-    """The stacked task vectors of one tensor, read in pieces, as often as one iterates."""
-
-    @property
-    def tasks(self) -> int:
-        """Number of task vectors."""
-        ...
-
-    @property
-    def numel(self) -> int:
-        """Entries of the tensor."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the arithmetic."""
-        ...
-
-    @property
-    def weights(self) -> tuple[float, ...] | None:
-        """The recipe's weight of each model."""
-        ...
-
-    def __iter__(self) -> Any:
-        """Yield (flat start, tensor of shape (tasks, entries)) in ascending order."""
-        ...
 
 
 @runtime_checkable
@@ -110,7 +97,7 @@ class Survey(Protocol):
         """Return how many passes these options need; 0 for none."""
         ...
 
-    def measure(self, step: int, name: str, chunks: Chunks, state: Any, options: Any) -> Any:
+    def measure(self, step: int, name: str, chunks: Any, state: Any, options: Any) -> Any:
         """Return one tensor's value for pass `step`, given the state that the pass before ended with."""
         ...
 
@@ -118,11 +105,15 @@ class Survey(Protocol):
         """Return the state after pass `step`, given the sum of its values."""
         ...
 
-    def for_tensor(self, name: str, chunks: Chunks, state: Any, options: Any) -> Any:
+    def for_tensor(self, name: str, chunks: Any, state: Any, options: Any) -> Any:
         """Return what the method gets as `survey` for one tensor; `state` is None when there was no pass.
 
         The value has `within(start, stop)`, the same for the entries start..stop of the flattened tensor.
         """
+        ...
+
+    def memory(self, tasks: int, dtype: Any) -> int:
+        """Return the bytes that one tensor's value takes at most."""
         ...
 
 
@@ -138,8 +129,11 @@ class Method:
     whole_for: frozenset[Kind]
     survey: Survey | None
     cost: Callable[[Sequence[int], int, Any], Cost] | None
-    breaks: tuple[str, ...]
+    breaks: Mapping[str, Breach]
     needs: frozenset[str]
+    models: tuple[int, int | None]
+    plain: Mapping[str, Any]
+    notes: Callable[[Any, int], Sequence[str]] | None
     wants: frozenset[str]
 
     @property
@@ -151,6 +145,14 @@ class Method:
     def description(self) -> str:
         """The docstring of the method's module: formula, traps, when to prefer it."""
         return inspect.cleandoc(sys.modules[self.function.__module__].__doc__ or "")
+
+    def plain_options(self) -> Any:
+        """Return the options under which nothing is left out and nothing scaled: those of the laws."""
+        return self.options(**self.plain)
+
+    def holds(self, law: str, kind: Kind) -> bool:
+        """Whether a law holds for tensors of a kind."""
+        return law not in self.breaks or kind not in self.breaks[law].kinds
 
     def sees_whole(self, kind: Kind) -> bool:
         """Whether a tensor of this kind has to be in memory as a whole."""
@@ -176,8 +178,11 @@ def merge_method(
     whole_for: Iterable[Kind] = frozenset(Kind),
     survey: Survey | None = None,
     cost: Callable[[Sequence[int], int, Any], Cost] | None = None,
-    breaks: Sequence[str] = (),
+    breaks: Mapping[str, str | Breach] | None = None,
     needs: Iterable[str] = (),
+    models: tuple[int, int | None] = (1, None),
+    plain: Mapping[str, Any] | None = None,
+    notes: Callable[[Any, int], Sequence[str]] | None = None,
 ) -> Callable:
     """Return a decorator that registers a merge method and leaves the function as it is.
 
@@ -191,8 +196,12 @@ def merge_method(
             `survey` and `weights`.
         survey: passes over the whole model beforehand.
         cost: (shape, tasks, options) -> `Cost` of merging one whole tensor.
-        breaks: the laws (see `LAWS`) that the method breaks by design.
+        breaks: the laws (see `LAWS`) that the method breaks by design, each with the reason or a `Breach`.
         needs: what it needs beyond weights, such as "statistics".
+        models: fewest and most tuned models it can merge; None for no limit.
+        plain: the options under which nothing is left out and nothing scaled; density 1 and scaling factor 1, as far as
+            it has them, when not given.
+        notes: (options, number of tuned models) -> what to tell the user before anything is computed.
 
     Returns:
         The decorator.
@@ -206,17 +215,24 @@ def merge_method(
         wants = frozenset(p.name for p in parameters[2:])
         if unknown := wants - WANTED_BY_NAME:
             raise ValueError(f"{name}: nothing is handed over as {sorted(unknown)}; {sorted(WANTED_BY_NAME)} are")
-        if unknown := set(breaks) - set(LAWS):
+        breaches = {law: Breach(found) if isinstance(found, str) else found for law, found in (breaks or {}).items()}
+        if unknown := set(breaches) - set(LAWS):
             raise ValueError(f"{name}: no such law: {sorted(unknown)}")
         if name in _METHODS and _METHODS[name].function.__module__ != function.__module__:
             raise ValueError(f"a method named {name} exists: {_METHODS[name].function.__module__}")
         _METHODS[name] = Method(
             name, function, options, source, acts_on, frozenset(whole_for), survey, cost,
-            tuple(breaks), frozenset(needs), wants,
+            breaches, frozenset(needs), models, _plain(options) if plain is None else plain,
+            notes, wants,
         )  # fmt: skip
         return function
 
     return register
+
+
+def _plain(options: type) -> dict[str, float]:
+    names = {field.name for field in dataclasses.fields(options)}
+    return {name: 1.0 for name in ("density", "scaling_factor") if name in names}
 
 
 def registered() -> list[Method]:

@@ -127,6 +127,7 @@ def _merge_all(
         plan.weights,
         torch.device(_device(plan.settings.device)),
         plan.settings.measure,
+        plan.recipe.seed,
     )
     waiting = [item for item in plan.items if item.name not in finished]
     surveys = survey_all(plan.items, waiting, backend, context, report)

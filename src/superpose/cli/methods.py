@@ -73,6 +73,6 @@ def _as_json(method: Method) -> dict[str, Any]:
         "source": method.source,
         "needs": sorted(method.needs),
         "acts_on": method.acts_on,
-        "breaks": list(method.breaks),
+        "breaks": {law: breach.why for law, breach in method.breaks.items()},
         "options": options,
     }

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from superpose.kinds import Kind
+from superpose.maths.randomness import Generator
 from superpose.maths.sparsify import KEEP_ALL, KEEP_NONE, Cut, Cuts, count_kept
 
 # Widths of the digits, leading first, of the magnitude's bit pattern (the sign bit is dropped).
@@ -34,6 +36,9 @@ class TensorChunks:
         size: entries of a piece.
         read: (start, stop) -> the task vectors' entries start..stop.
         weights: the recipe's weight of each model.
+        shape: of the tensor; flat when not given.
+        kind: what the tensor is in its network.
+        generator: the tensor's random numbers.
     """
 
     tasks: int
@@ -41,15 +46,35 @@ class TensorChunks:
     size: int
     read: Callable[[int, int], Float[Tensor, "tasks entries"]]
     weights: tuple[float, ...] | None = None
+    shape: tuple[int, ...] = ()
+    kind: Kind | None = None
+    generator: Generator | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of what is read; known of a tensor without entries too."""
         return self.read(0, 0).dtype
 
+    def whole(self) -> Float[Tensor, "tasks *shape"]:
+        """Return the whole stack, in the tensor's shape."""
+        return self.read(0, self.numel).reshape(self.tasks, *self.shape)
+
     def __iter__(self) -> Iterator[tuple[int, Float[Tensor, "tasks entries"]]]:
         for start in range(0, self.numel, self.size):
             yield start, self.read(start, min(start + self.size, self.numel))
+
+
+@dataclass(frozen=True)
+class Trim:
+    """What `MagnitudeSurvey` reads of a method's options.
+
+    Args:
+        density: fraction of the entries kept.
+        density_scope: "model" or "tensor".
+    """
+
+    density: float
+    density_scope: str
 
 
 Sparse = tuple[np.ndarray, np.ndarray]
@@ -103,6 +128,10 @@ class MagnitudeSurvey:
     Reads from a method's options `density` and, where there is one, `density_scope`: "model" finds one threshold per
     task over all tensors, "tensor" one per task and tensor.
     """
+
+    def memory(self, tasks: int, dtype: torch.dtype) -> int:
+        """Return the bytes of the counts that one tensor's value takes at most."""
+        return tasks * 8 * max(1 << width for width in _DIGITS[dtype])
 
     def passes(self, options, dtype: torch.dtype) -> int:
         """Return the number of passes over the model: none for scope "tensor" or when nothing is cut."""

@@ -27,7 +27,7 @@ class AverageOptions:
     source="Wortsman et al. 2022, arXiv:2203.05482 (uniform soup); Choshen et al. 2022, arXiv:2204.03044",
     acts_on="weights",
     whole_for=(),
-    breaks=("zero",),
+    breaks={"zero": "each update shrinks to its share: two tasks and the base make two thirds of the two"},
 )
 def average(
     tuned: Float[Tensor, "tasks *shape"],

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from superpose.kinds import MATRIX_KINDS, Kind
 from superpose.maths.linear_system import TOLERANCE, Solution, Solver, solve_psd
+from superpose.maths.matrices import acts_as_matrix
 from superpose.maths.sparsify import Cuts, apply_cuts, keep_largest
 from superpose.maths.streaming import MagnitudeSurvey
 from superpose.maths.svd import Features, leading, thin_svd, without_ends
 from superpose.options import Range
-from superpose.registry import Caution, Cost, Merged, merge_method
+from superpose.registry import Breach, Caution, Cost, Merged, merge_method
 
 NEARLY_PARALLEL = 1e4
 """Condition number beyond which a ridge is suggested."""
@@ -95,6 +96,13 @@ def stf_cost(shape: Sequence[int], tasks: int, options: StfOptions) -> Cost:
     whole_for=MATRIX_KINDS,
     survey=MagnitudeSurvey(),
     cost=stf_cost,
+    breaks={
+        "same": Breach(
+            "biases, embeddings and heads are added up, as in the paper",
+            frozenset({Kind.BIAS, Kind.EMBEDDING, Kind.HEAD, Kind.SCALAR}),
+        ),
+        "zero": Breach("norms are averaged, as in the paper", frozenset({Kind.NORM})),
+    },
 )
 def stf(
     task_vectors: Float[Tensor, "tasks *shape"],
@@ -116,7 +124,7 @@ def stf(
     Returns:
         The merged task vector; for matrices with the system's size, rank, residual and conditioning.
     """
-    solves = kind in MATRIX_KINDS and not _is_depthwise(kind, task_vectors.shape[1:])
+    solves = acts_as_matrix(kind, task_vectors.shape[1:])
     if options.matrices == "finetuned" and solves:
         if base is None:
             raise ValueError("matrices='finetuned' needs the base")
@@ -250,8 +258,3 @@ def _cautions(found: Superposition, present: Sequence[int]) -> tuple[Caution, ..
             ),
         )
     return ()
-
-
-def _is_depthwise(kind: Kind, shape: Sequence[int]) -> bool:
-    """A kernel with one input channel per group is no matrix that acts on one input."""
-    return kind is Kind.CONV and shape[1] == 1

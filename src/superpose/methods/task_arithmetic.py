@@ -31,7 +31,7 @@ class TaskArithmeticOptions:
     options=TaskArithmeticOptions,
     source="Ilharco et al. 2023, arXiv:2212.04089, section 2",
     whole_for=(),
-    breaks=("same",),
+    breaks={"same": "T identical tasks add up to T times the task; with scaling_factor 1/T it holds"},
 )
 def task_arithmetic(
     task_vectors: Float[Tensor, "tasks *shape"],

@@ -67,6 +67,10 @@ class TiesSurvey:
     def __init__(self) -> None:
         self.magnitudes = MagnitudeSurvey()
 
+    def memory(self, tasks: int, dtype: torch.dtype) -> int:
+        """Return the bytes that one tensor's counts take at most."""
+        return self.magnitudes.memory(tasks, dtype)
+
     def passes(self, options: TiesOptions, dtype: torch.dtype) -> int:
         """Return the passes for the thresholds, and one for the majority sign if it is asked for."""
         return self.magnitudes.passes(options, dtype) + (options.tie == "majority")

@@ -28,6 +28,8 @@ class ChosenMethods:
         self._found: dict[int | None, tuple[Method, Any]] = {}
         self._problems = problems
         weighted = any(entry.weight != 1 for entry in recipe.models)
+        self._models = len(recipe.models)
+        self.notes: list[str] = []
         for number, rule in enumerate([None, *recipe.rules]):
             if rule is not None and not (rule.method or rule.options):
                 continue
@@ -57,9 +59,16 @@ class ChosenMethods:
         if method.needs:
             what = f"method {name} needs {', '.join(sorted(method.needs))}"
             self._problems.append(SuperposeError(what, where=where, mend="choose a method that needs weights only"))
+        fewest, most = method.models
+        if self._models < fewest or (most is not None and self._models > most):
+            wanted = f"{fewest} to {most}" if most is not None else f"at least {fewest}"
+            what = f"method {name} merges {wanted} fine-tunes, and these are {self._models}"
+            self._problems.append(SuperposeError(what, where=where, mend="choose another method, or other models"))
         if weighted and "weights" not in method.wants:
             what = f"method {name} has no weights per model"
             self._problems.append(SuperposeError(what, where=where, mend="leave the models' weights at 1"))
+        if method.notes is not None:
+            self.notes += method.notes(options, self._models)
         self._found[id(rule) if rule is not None else None] = (method, options)
 
 

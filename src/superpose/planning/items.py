@@ -26,8 +26,6 @@ CHUNK = 1 << 19
 """Entries of a tensor in flight at a time, where a method works entry by entry: small enough for the caches."""
 SURVEY_CHUNK = 1 << 20
 """The same for surveys, whose counts cost a pass over all bins per chunk."""
-SURVEY_COUNTS = 2**21
-"""Bytes of the counts that a survey keeps per task."""
 
 
 @dataclass(frozen=True)
@@ -184,15 +182,15 @@ def with_cost(item: WorkItem, settings: Settings) -> WorkItem:
         return replace(item, memory=min(item.base.nbytes, CHUNK * 8), flops=float(item.numel))
     method = find_method(item.method)
     measures = settings.measure and item.kind in MATRIX_KINDS
+    counts = method.survey.memory(tasks, item.compute) if method.survey else 0
     if item.streams and not measures:
         # Stacked task vectors, as much again for trimming, a few temporaries; surveys take larger pieces.
         piece = min(item.numel, SURVEY_CHUNK if method.survey else CHUNK)
-        counts = SURVEY_COUNTS * tasks if method.survey else 0
         return replace(item, memory=piece * wide * (2 * tasks + 4) + counts, flops=20.0 * item.numel * tasks)
     share = prod(item.shape) if item.parts is None else prod(item.shape) // len(item.parts[1])
     shape = _part_shape(item)
     cost = method.cost(shape, tasks, item.options) if method.cost else Cost(3 * wide * share * (tasks + 1), 20.0)
-    memory = cost.memory + wide * share * (tasks + 3)
+    memory = cost.memory + counts + wide * share * (tasks + 3)
     if item.parts:  # copies of the pieces, and the result while it is put together
         memory += sum(header.nbytes for header in (item.base, *item.tuned) if header) + 3 * wide * item.numel
     if measures:
@@ -213,7 +211,10 @@ def with_keys(
     """Name each item by everything that its bytes depend on, so that a restart knows what is done."""
     files = {header.file for item in items for header in (item.base, *item.tuned) if header}
     prints = {file: fingerprint(file) for file in files}
-    common = [code_digest(), torch.__version__, settings.device, settings.measure, recipe.seed, list(weights)]
+    common = [
+        code_digest(), torch.__version__, settings.device, settings.measure, recipe.seed,
+        list(weights), recipe.task_names,
+    ]  # fmt: skip
 
     def sources(item: WorkItem) -> list[Any]:
         return [(prints[header.file], header.name) if header else None for header in (item.base, *item.tuned)]

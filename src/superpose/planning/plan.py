@@ -125,7 +125,7 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     items = with_keys(items, recipe, weights, settings)
     layout = lay_out([(item.name, item.dtype, item.shape) for item in items], recipe.output.shard_size)
     raise_all(check_room(layout, output))
-    notes += _notes(items, base, settings)
+    notes += [*dict.fromkeys(chosen.notes), *_notes(items, base, settings)]
     return Plan(recipe, settings, base, tuple(tuned), tuple(items), layout, weights, chosen.of(None)[1], tuple(notes))
 
 
