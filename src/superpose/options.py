@@ -106,6 +106,8 @@ def build_options(
     try:
         return options_type(**values), problems
     except ValueError as error:  # each is allowed, but not together
+        if problems:  # what was refused may have fitted
+            return options_type(), problems
         mend = "; ".join(f"{name} is in {spec.allowed}, {spec.default} by default" for name, spec in specs.items())
         return options_type(), [
             *problems,

@@ -47,10 +47,10 @@ class Generator:
 
     def keeps(self, task: int, probability: float, shape: torch.Size | tuple[int, ...]) -> Bool[Tensor, "*shape"]:
         """Return which entries are kept when each is kept with this probability, on the CPU."""
-        if probability >= 1:
+        limit = round(min(max(probability, 0.0), 1.0) * 2**32)
+        if limit == 2**32:  # one more than the largest number
             return torch.ones(shape, dtype=torch.bool)
-        limit = np.uint32(round(max(probability, 0.0) * 2**32) & 0xFFFFFFFF)
-        return torch.from_numpy(self._draw(task, prod(shape)) < limit).reshape(shape)
+        return torch.from_numpy(self._draw(task, prod(shape)) < np.uint32(limit)).reshape(shape)
 
     def _draw(self, task: int, count: int) -> np.ndarray:
         """Return `count` numbers of 32 bits for the entries from `start` on."""

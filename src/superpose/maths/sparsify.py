@@ -45,15 +45,20 @@ class Cuts:
         return Cuts(tuple(cut.within(start) for cut in self.by_task))
 
 
+def count_share(share: float, numel: int) -> int:
+    """Return floor(share * numel), as the decimal number that `share` was written as means it."""
+    # A share is a rounded number: in binary 0.29 * 100 is 28.999999999999996, and 29 is meant.
+    exact = Fraction(float(share)) * numel
+    meant = round(exact)
+    count = meant if abs(exact - meant) <= exact * Fraction(2) ** -52 else math.floor(exact)
+    return min(numel, count)
+
+
 def count_kept(density: float, numel: int) -> int:
     """Return how many of `numel` entries a density keeps: floor(density * numel), at least 1 when density > 0."""
     if density <= 0 or numel == 0:
         return 0
-    # A density is a rounded number: in binary 0.29 * 100 is 28.999999999999996, and 29 is meant.
-    exact = Fraction(float(density)) * numel
-    meant = round(exact)
-    count = meant if abs(exact - meant) <= exact * Fraction(2) ** -52 else math.floor(exact)
-    return min(numel, max(1, count))
+    return max(1, count_share(density, numel))
 
 
 def find_cut(vector: Float[Tensor, " entries"], kept: int) -> Cut:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from superpose.maths.combine import weighted_mean
 from superpose.registry import merge_method
 
 
@@ -47,8 +48,4 @@ def average(
     """
     del options
     shares = [1 / len(tuned)] * len(tuned) if weights is None else (weights / weights.sum()).tolist()
-    # Measured from the first model, equal entries come back untouched; a plain weighted sum would round them.
-    merged = tuned[0].clone()
-    for share, other in zip(shares[1:], tuned[1:], strict=True):
-        merged += share * (other - tuned[0])
-    return merged
+    return weighted_mean(tuned, shares)
