@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from superpose.errors import Problems, SuperposeError
 
 if TYPE_CHECKING:
-    from superpose.api import inspect, list_methods, merge, merge_tensors, plan
+    from superpose.api import inspect, list_methods, merge, merge_tensors, merge_to_set, plan, rebuild
     from superpose.kinds import Kind
     from superpose.recipe import Recipe
     from superpose.records import RunRecord
@@ -29,8 +29,10 @@ __all__ = [
     "list_methods",
     "merge",
     "merge_tensors",
+    "merge_to_set",
     "methods",
     "plan",
+    "rebuild",
 ]
 
 _HOMES = {
@@ -41,6 +43,8 @@ _HOMES = {
     "list_methods": "superpose.api",
     "merge": "superpose.api",
     "merge_tensors": "superpose.api",
+    "merge_to_set": "superpose.api",
+    "rebuild": "superpose.api",
     "plan": "superpose.api",
 }
 

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 import superpose.methods  # noqa: F401 - registers the methods
+from superpose import task_sets
 from superpose.checkpoints.architecture import read_architecture
 from superpose.checkpoints.folder import Checkpoint, open_checkpoint
+from superpose.checkpoints.headers import TensorHeader
 from superpose.checkpoints.names import kind_of
 from superpose.errors import SuperposeError
 from superpose.kinds import Kind
 from superpose.merge_tensor import Context
-from superpose.planning import Plan, Settings, make_plan, plan_tensors, shared_memory
+from superpose.planning import Plan, Settings, WorkItem, make_plan, plan_tensors, shared_memory
 from superpose.recipe import ModelEntry, Recipe, load_recipe, parse_bytes
 from superpose.records import RunRecord
 from superpose.registry import Method, registered
 from superpose.run import Report, merge_in_memory, run_plan
+from superpose.task_sets import TaskSet
 
 
 def merge(
@@ -128,6 +131,23 @@ def merge_tensors(
         SuperposeError: something does not fit.
         Problems: several things do not.
     """
+    items, context = _plan_in_memory(base, tuned, method, options, weights, kinds, seed, names)
+    merged, _ = merge_in_memory(items, context)
+    tied = {alias: merged[owner] for alias, owner in shared_memory(base).items()}
+    return {name: merged[name] if name in merged else tied[name] for name in base}
+
+
+def _plan_in_memory(
+    base: Mapping[str, Tensor],
+    tuned: Sequence[Mapping[str, Tensor]],
+    method: str,
+    options: Mapping[str, Any],
+    weights: Sequence[float] | None,
+    kinds: Mapping[str, Kind] | None,
+    seed: int,
+    names: Sequence[str] | None,
+) -> tuple[list[WorkItem], Context]:
+    """Return the items of a merge in memory and what they share."""
     if not tuned:
         raise SuperposeError("nothing to merge", where="tuned", mend="give at least one tuned model")
     if weights is not None and len(weights) != len(tuned):
@@ -140,12 +160,61 @@ def merge_tensors(
     models = tuple(ModelEntry(path=name, weight=share, name=name) for name, share in zip(called, shares, strict=True))
     if not all(math.isfinite(share) for share in shares):
         raise SuperposeError("a weight is no finite number", where="weights", mend="give finite numbers")
-    recipe = Recipe(base="base", models=models, method=method, options=options, seed=seed)
+    recipe = Recipe(base="base", models=models, method=method, options=dict(options), seed=seed)
     items = plan_tensors(base, tuned, recipe, kinds)
-    context = Context(recipe.task_names, tuple(shares), torch.device("cpu"), measure=False, seed=seed)
-    merged = merge_in_memory(items, context)
-    tied = {alias: merged[owner] for alias, owner in shared_memory(base).items()}
-    return {name: merged[name] if name in merged else tied[name] for name in base}
+    return items, Context(recipe.task_names, tuple(shares), torch.device("cpu"), measure=False, seed=seed)
+
+
+def merge_to_set(
+    base: Mapping[str, Tensor],
+    tuned: Sequence[Mapping[str, Tensor]],
+    *,
+    names: Sequence[str] | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+) -> TaskSet:
+    """Merge mappings of tensors in memory by EMR, into one model from which each task's can be rebuilt.
+
+    Args:
+        base: the base's tensors, such as a state dict.
+        tuned: those of each tuned model.
+        names: one per tuned model; "model 1" and so on when not given.
+        kinds: what each tensor is in its network; told by names and shapes where not given.
+
+    Returns:
+        The set; `model(name, base)` rebuilds a task's tensors.
+
+    Raises:
+        SuperposeError: something does not fit.
+        Problems: several things do not.
+    """
+    items, context = _plan_in_memory(base, tuned, "emr", {}, None, kinds, 0, names)
+    outputs, records = merge_in_memory(items, context)
+    merged = {item.name: outputs[item.name] for item in items}
+    masks = {name: tensor for name, tensor in outputs.items() if name not in merged}
+    scales = next((record.stats["scales"] for record in records.values() if record.beside), [1.0] * len(tuned))
+    return TaskSet(merged, masks, tuple(scales), context.task_names)
+
+
+def rebuild(
+    location: str | Path, task: str, output: str | Path, *, base: str | Path | None = None, overwrite: bool = False
+) -> list[TensorHeader]:
+    """Write the model of one task of a set that `merge` with method emr made.
+
+    Args:
+        location: folder of the set.
+        task: name of the task.
+        output: folder of the model; appears when it is complete.
+        base: where the base lies now; where it lay when the set was made, if None.
+        overwrite: whether an output of that name is replaced.
+
+    Returns:
+        The tensors that were written.
+
+    Raises:
+        SuperposeError: it is no set, has no such task, the base is another one, or the output exists.
+    """
+    place = None if base is None else str(base)
+    return task_sets.rebuild(location, task, absolute(output), base=place, overwrite=overwrite)
 
 
 def list_methods() -> list[Method]:

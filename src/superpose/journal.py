@@ -42,7 +42,7 @@ class Journal:
                 record = tensor_record(entry["record"])
                 if keys.get(record.name) == entry["key"]:
                     found[record.name] = record
-        return {name: record for name, record in found.items() if writer.digest(name) == record.sha256}
+        return {name: record for name, record in found.items() if _in_place(record, writer)}
 
     def add(self, item: WorkItem, record: TensorRecord) -> None:
         """Note that an item is finished; from any thread."""
@@ -59,3 +59,8 @@ class Journal:
         with self._path.open("rb") as stream:
             stream.seek(-1, os.SEEK_END)
             return stream.read(1) == b"\n"
+
+
+def _in_place(record: TensorRecord, writer: StreamWriter) -> bool:
+    """Whether the bytes that a record tells of are still what it says."""
+    return all(writer.digest(name) == sha256 for name, sha256 in {record.name: record.sha256, **record.beside}.items())

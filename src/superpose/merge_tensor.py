@@ -125,6 +125,8 @@ class _Sink:
     def __init__(self, item: WorkItem, write: Write) -> None:
         self._item, self._write = item, write
         self._digest, self._position = hashlib.sha256(), 0
+        self._beside = [(name, hashlib.sha256()) for name, _, _ in item.beside]
+        self._beside_position = 0
         self._pending: list[Tensor] = []
         # Parts that are columns lie scattered over the tensor: they are put together first.
         self._scattered = item.parts is not None and item.parts[0] != 0
@@ -142,6 +144,20 @@ class _Sink:
             self._pending.append(cast)
         else:
             self._put(cast)
+
+    def add_beside(self, pieces: Sequence[Tensor]) -> None:
+        """Take the next entries of what is written beside the tensor."""
+        written = 0
+        for (name, digest), piece in zip(self._beside, pieces, strict=True):
+            data = self._write(name, self._beside_position, piece)
+            digest.update(data)
+            written = len(data)
+        self._beside_position += written
+
+    @property
+    def beside(self) -> dict[str, str]:
+        """Digests of what was written beside the tensor, by name."""
+        return {name: digest.hexdigest() for name, digest in self._beside}
 
     def finish(self) -> str:
         """Write what is left and return the digest of everything written."""
@@ -210,6 +226,7 @@ def merge_item(item: WorkItem, surveys: Mapping[Any, Any], context: Context, wri
         measures=outcome.measures,
         warnings=outcome.warnings,
         seconds=round(time.perf_counter() - started, 4),
+        beside=sink.beside,
     )
 
 
@@ -243,14 +260,17 @@ class Outcome:
 def _merge_in_pieces(part: Part, method: Method, survey: Any, sink: _Sink) -> Outcome:
     """Merge a part entry by entry, a cacheful at a time."""
     warnings: tuple[str, ...] = ()
+    stats: Mapping[str, Any] = {}
     for start, stacked in part.chunks(CHUNK):
         stop = start + stacked.shape[1]
         within = survey.within(start, stop) if survey is not None else None
         base = part.base_piece(start, stop)
         merged = _call(method, part, stacked, base, within, part.generator.within(start))
         sink.add(merged.tensor if method.acts_on == "weights" else merged.tensor + base)
+        sink.add_beside(merged.beside)
         warnings += _warnings(merged, part)
-    return Outcome(warnings=tuple(dict.fromkeys(warnings)))
+        stats = merged.stats  # a method that takes pieces has numbers of the whole model, or none
+    return Outcome(stats, warnings=tuple(dict.fromkeys(warnings)))
 
 
 def _merge_whole(part: Part, method: Method, survey: Any, sink: _Sink) -> Outcome:
@@ -263,6 +283,7 @@ def _merge_whole(part: Part, method: Method, survey: Any, sink: _Sink) -> Outcom
     if part.context.measure and part.item.kind in MATRIX_KINDS:
         measures = _measure(part, method, stacked, base, survey)
     sink.add(merged.tensor if method.acts_on == "weights" else merged.tensor + base)
+    sink.add_beside(merged.beside)
     return Outcome(merged.stats, measures, _warnings(merged, part))
 
 

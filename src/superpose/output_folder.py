@@ -43,7 +43,7 @@ def make_partial(folder: Path) -> None:
 
 def remove_strangers(folder: Path, layout: Layout) -> None:
     """Remove what an earlier, different merge left in its folder."""
-    known = {file.name for file in layout.files} | {JOURNAL_FILE}
+    known = {Path(file.name).parts[0] for file in layout.all_files} | {JOURNAL_FILE}
     for entry in folder.iterdir():
         if entry.name not in known:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

@@ -30,6 +30,7 @@ class TensorRecord:
         measures: how well each task's features survived, if asked for.
         warnings: what the user should know.
         seconds: time it took.
+        beside: tensors written beside it, with the sha256 of their bytes.
     """
 
     name: str
@@ -45,6 +46,7 @@ class TensorRecord:
     measures: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,13 @@ class Merged:
         tensor: the merged task vector (or weight, for methods that act on weights).
         stats: numbers about how it was found.
         cautions: what the user should know.
+        beside: what is written beside it, as the method declared; flat, and for a piece of the tensor that piece's.
     """
 
     tensor: Tensor
-    stats: Mapping[str, float | int | str] = field(default_factory=dict)
+    stats: Mapping[str, Any] = field(default_factory=dict)
     cautions: Sequence[Caution] = ()
+    beside: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Method:
     models: tuple[int, int | None]
     plain: Mapping[str, Any]
     notes: Callable[[Any, int], Sequence[str]] | None
+    beside: Callable[[str, int, int], Sequence[tuple[str, str, tuple[int, ...]]]] | None
     wants: frozenset[str]
 
     @property
@@ -183,6 +186,7 @@ def merge_method(
     models: tuple[int, int | None] = (1, None),
     plain: Mapping[str, Any] | None = None,
     notes: Callable[[Any, int], Sequence[str]] | None = None,
+    beside: Callable[[str, int, int], Sequence[tuple[str, str, tuple[int, ...]]]] | None = None,
 ) -> Callable:
     """Return a decorator that registers a merge method and leaves the function as it is.
 
@@ -202,6 +206,8 @@ def merge_method(
         plain: the options under which nothing is left out and nothing scaled; density 1 and scaling factor 1, as far as
             it has them, when not given.
         notes: (options, number of tuned models) -> what to tell the user before anything is computed.
+        beside: (tensor name, entries, number of tuned models) -> name, dtype (as in safetensors) and shape of each
+            tensor that is written beside the merged one, in `tasks/`.
 
     Returns:
         The decorator.
@@ -223,7 +229,7 @@ def merge_method(
         _METHODS[name] = Method(
             name, function, options, source, acts_on, frozenset(whole_for), survey, cost,
             breaches, frozenset(needs), models, _plain(options) if plain is None else plain,
-            notes, wants,
+            notes, beside, wants,
         )  # fmt: skip
         return function
 

@@ -27,6 +27,7 @@ from superpose.planning import Plan, WorkItem, check_output, code_digest
 from superpose.records import RECORD_FILE, RunRecord, TensorRecord
 from superpose.registry import find_method
 from superpose.report.card import model_card
+from superpose.task_sets import write_tasks
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -88,7 +89,7 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None) -> RunRecor
     return record
 
 
-def merge_in_memory(items: Sequence[WorkItem], context: Context) -> dict[str, Tensor]:
+def merge_in_memory(items: Sequence[WorkItem], context: Context) -> tuple[dict[str, Tensor], dict[str, TensorRecord]]:
     """Merge tensors that are in memory, by the same passes and per-tensor code as files.
 
     Args:
@@ -96,9 +97,11 @@ def merge_in_memory(items: Sequence[WorkItem], context: Context) -> dict[str, Te
         context: what all items share.
 
     Returns:
-        The merged tensors by name.
+        The merged tensors by name, with those beside them, and each tensor's record.
     """
-    merged = {item.name: torch.empty(item.shape, dtype=TORCH_DTYPES[item.dtype]) for item in items}
+    outputs = [(item.name, item.dtype, item.shape) for item in items]
+    outputs += [tensor for item in items for tensor in item.beside]
+    merged = {name: torch.empty(shape, dtype=TORCH_DTYPES[dtype]) for name, dtype, shape in outputs}
 
     def write(name: str, start: int, piece: Tensor) -> memoryview:
         data, target = as_bytes(piece), as_bytes(merged[name])
@@ -108,9 +111,8 @@ def merge_in_memory(items: Sequence[WorkItem], context: Context) -> dict[str, Te
     backend = make_backend("serial", None, 0)
     surveys = survey_all(items, items, backend, context, lambda _: None)
     work = partial(merge_item, surveys=surveys, context=context, write=write)
-    for _ in backend.map(work, items, [item.memory for item in items]):
-        pass
-    return merged
+    records = {record.name: record for _, record in backend.map(work, items, [item.memory for item in items])}
+    return merged, records
 
 
 def _merge_all(
@@ -222,6 +224,7 @@ def _write_sidecars(plan: Plan, folder: Path, record: RunRecord) -> None:
     if index is not None:
         (folder / INDEX_FILE).write_text(index, encoding="utf-8")
     (folder / "README.md").write_text(model_card(record, plan.base.config), encoding="utf-8", errors="backslashreplace")
+    write_tasks(folder, record, plan.recipe.task_names)
     (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8", errors="backslashreplace")
 
 

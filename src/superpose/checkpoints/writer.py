@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -42,26 +43,40 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every tensor of the output goes."""
+    """Where every tensor of the output goes.
+
+    Args:
+        files: those of the model.
+        slots: place of every tensor, also of those beside the model.
+        beside: files that are not the model's own.
+    """
 
     files: tuple[OutputFile, ...]
     slots: Mapping[str, Slot]
+    beside: tuple[OutputFile, ...] = ()
+
+    @property
+    def all_files(self) -> tuple[OutputFile, ...]:
+        """The model's files and those beside it."""
+        return self.files + self.beside
 
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors together."""
-        return sum(slot.nbytes for slot in self.slots.values())
+        names = {file.name for file in self.files}
+        return sum(slot.nbytes for slot in self.slots.values() if slot.file in names)
 
     @property
     def file_bytes(self) -> int:
         """Bytes of all files together."""
-        return sum(file.size for file in self.files)
+        return sum(file.size for file in self.all_files)
 
     def index(self) -> str | None:
         """Return the text of the index file, None for a single file."""
         if len(self.files) == 1:
             return None
-        weight_map = {name: self.slots[name].file for name in sorted(self.slots)}
+        names = {file.name for file in self.files}
+        weight_map = {name: slot.file for name, slot in sorted(self.slots.items()) if slot.file in names}
         content = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": weight_map}
         return json.dumps(content, indent=2) + "\n"
 
@@ -97,6 +112,25 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], shard_size: int
     return Layout(tuple(files), slots)
 
 
+def lay_out_beside(layout: Layout, file: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Layout:
+    """Return the layout with one more file, of tensors that are not the model's own.
+
+    Args:
+        layout: of the model.
+        file: its path in the output's folder.
+        tensors: (name, dtype name, shape) of each; none makes no file.
+
+    Returns:
+        The layout.
+    """
+    sized = [(name, dtype, shape, TORCH_DTYPES[dtype].itemsize * prod(shape)) for name, dtype, shape in tensors]
+    if not sized:
+        return layout
+    header, offsets, size = _header(sized)
+    slots = {name: Slot(file, offsets[name], nbytes) for name, _, _, nbytes in sized}
+    return Layout(layout.files, {**layout.slots, **slots}, (*layout.beside, OutputFile(file, header, size)))
+
+
 class StreamWriter:
     """Writes tensors at their places in files of full size; any thread may write any part at any time.
 
@@ -112,7 +146,8 @@ class StreamWriter:
         self._layout = layout
         self._descriptors: dict[str, int] = {}
         try:
-            for file in layout.files:
+            for file in layout.all_files:
+                (folder / file.name).parent.mkdir(exist_ok=True)
                 self._descriptors[file.name] = _open_full_size(folder / file.name, file)
         except BaseException:
             self.close()

@@ -8,10 +8,11 @@ checks.py    device, backend, output, room on the disk
 
 from superpose.planning.checks import check_output
 from superpose.planning.items import CHUNK, SURVEY_CHUNK, Settings, WorkItem, code_digest
-from superpose.planning.plan import Plan, make_plan, plan_tensors, shared_memory
+from superpose.planning.plan import MASKS_FILE, Plan, make_plan, plan_tensors, shared_memory
 
 __all__ = [
     "CHUNK",
+    "MASKS_FILE",
     "SURVEY_CHUNK",
     "Plan",
     "Settings",

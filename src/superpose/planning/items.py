@@ -95,6 +95,12 @@ class WorkItem:
         return prod(self.shape)
 
     @property
+    def beside(self) -> Sequence[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape of each tensor that is written beside it."""
+        beside = find_method(self.method).beside if self.action == "merge" else None
+        return beside(self.name, self.numel, len(self.tuned)) if beside is not None else ()
+
+    @property
     def streams(self) -> bool:
         """Whether it can be merged piece by piece."""
         return self.action == "copy" or not find_method(self.method).sees_whole(self.kind)
@@ -148,6 +154,8 @@ def make_item(
         parts = 0, (header.shape[0] // groups,) * groups
     if kind is Kind.LINEAR and len(header.shape) == 3:
         parts = 0, (1,) * header.shape[0]  # experts: merged as they would be if each were stored by itself
+    if method_name and find_method(method_name).beside is not None:
+        parts = None  # entry by entry, and what is written beside the tensor is in its order
     return WorkItem(
         name=header.name,
         kind=kind,

@@ -16,13 +16,16 @@ from superpose.checkpoints.compare import align
 from superpose.checkpoints.folder import Checkpoint, open_checkpoint
 from superpose.checkpoints.headers import DTYPE_NAMES, TensorHeader, TensorInMemory
 from superpose.checkpoints.names import kind_of
-from superpose.checkpoints.writer import Layout, lay_out
+from superpose.checkpoints.writer import Layout, lay_out, lay_out_beside
 from superpose.errors import SuperposeError, nearest, raise_all
 from superpose.kinds import Kind
 from superpose.planning.checks import check_backend, check_device, check_output, check_room, check_rules, unused_rules
 from superpose.planning.choices import ChosenMethods, choose_kinds, is_dropped, is_kept
 from superpose.planning.items import Settings, WorkItem, make_item, with_common_dtype, with_cost, with_keys
 from superpose.recipe import Recipe
+
+MASKS_FILE = "tasks/masks.safetensors"
+"""Where a method's tensors beside the model go."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     items = [with_cost(item, settings) for item in with_common_dtype(items)]
     items = with_keys(items, recipe, weights, settings)
     layout = lay_out([(item.name, item.dtype, item.shape) for item in items], recipe.output.shard_size)
+    layout = lay_out_beside(layout, MASKS_FILE, [tensor for item in items for tensor in item.beside])
     raise_all(check_room(layout, output))
     notes += [*dict.fromkeys(chosen.notes), *_notes(items, base, settings)]
     return Plan(recipe, settings, base, tuple(tuned), tuple(items), layout, weights, chosen.of(None)[1], tuple(notes))
