@@ -24,6 +24,7 @@ from superpose.journal import Journal
 from superpose.merge_tensor import Context, close_readers, merge_item, survey_item
 from superpose.output_folder import locked, make_partial, publish, remove_strangers, settle_replaced
 from superpose.planning import Plan, WorkItem, check_output, code_digest
+from superpose.plug_ins import plug_in_digest
 from superpose.records import RECORD_FILE, RunRecord, TensorRecord
 from superpose.registry import find_method
 from superpose.report.card import model_card
@@ -228,6 +229,12 @@ def _write_sidecars(plan: Plan, folder: Path, record: RunRecord) -> None:
     (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8", errors="backslashreplace")
 
 
+def _plug_ins(plan: Plan) -> dict[str, str]:
+    """Return the digest of each plug-in whose method merged something."""
+    used = {item.method: find_method(item.method).function.__module__ for item in plan.items if item.method}
+    return {f"method {name}": digest for name, module in sorted(used.items()) if (digest := plug_in_digest(module))}
+
+
 def _make_record(
     plan: Plan, output: Path, records: Sequence[TensorRecord], backend: Backend, resumed: int, seconds: float
 ) -> RunRecord:
@@ -252,6 +259,7 @@ def _make_record(
             "code": code_digest(),
             "torch": torch.__version__,
             "python": platform.python_version(),
+            **_plug_ins(plan),
         },
         settings={**asdict(plan.settings), "workers": backend.workers, "arithmetic_threads_per_worker": 1},
         tensors=tuple(records),

@@ -19,6 +19,7 @@ from superpose.checkpoints.headers import DTYPE_NAMES, TensorHeader
 from superpose.checkpoints.names import fused_parts
 from superpose.kinds import MATRIX_KINDS, Kind
 from superpose.planning.choices import ChosenMethods, acting_rule
+from superpose.plug_ins import plug_in_digest
 from superpose.recipe import Recipe
 from superpose.registry import Cost, find_method
 
@@ -238,6 +239,7 @@ def with_keys(
             item,
             key=_digest(
                 [common, item.name, item.kind, item.action, item.method, item.options and asdict(item.options),
+                 item.method and plug_in_digest(find_method(item.method).function.__module__),
                  item.dtype, str(item.compute), item.parts, sources(item),
                  surveyed.get((item.method, item.options))]
             ),
