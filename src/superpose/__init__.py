@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from superpose.errors import Problems, SuperposeError
 
 if TYPE_CHECKING:
-    from superpose.api import inspect, list_methods, merge, merge_tensors, merge_to_set, plan, rebuild
+    from superpose.api import compare, inspect, list_methods, merge, merge_tensors, merge_to_set, plan, rebuild
     from superpose.kinds import Kind
     from superpose.recipe import Recipe
     from superpose.records import RunRecord
@@ -25,6 +25,7 @@ __all__ = [
     "Recipe",
     "RunRecord",
     "SuperposeError",
+    "compare",
     "inspect",
     "list_methods",
     "merge",
@@ -39,6 +40,7 @@ _HOMES = {
     "Kind": "superpose.kinds",
     "Recipe": "superpose.recipe",
     "RunRecord": "superpose.records",
+    "compare": "superpose.api",
     "inspect": "superpose.api",
     "list_methods": "superpose.api",
     "merge": "superpose.api",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,20 @@ from torch import Tensor
 
 import superpose.methods  # noqa: F401 - registers the methods
 from superpose import task_sets
+from superpose.backends import make_backend
 from superpose.checkpoints.architecture import read_architecture
 from superpose.checkpoints.folder import Checkpoint, open_checkpoint
 from superpose.checkpoints.headers import TensorHeader
 from superpose.checkpoints.names import kind_of
+from superpose.comparison import Comparison, compare_items, group_tensors, suggestions
 from superpose.errors import SuperposeError
 from superpose.kinds import Kind
-from superpose.merge_tensor import Context
+from superpose.merge_tensor import Context, close_readers
 from superpose.planning import Plan, Settings, WorkItem, make_plan, plan_tensors, shared_memory
 from superpose.recipe import ModelEntry, Recipe, load_recipe, parse_bytes
 from superpose.records import RunRecord
 from superpose.registry import Method, registered
-from superpose.run import Report, merge_in_memory, run_plan
+from superpose.run import Report, device_of, merge_in_memory, run_plan
 from superpose.task_sets import TaskSet
 
 
@@ -215,6 +217,57 @@ def rebuild(
     """
     place = None if base is None else str(base)
     return task_sets.rebuild(location, task, absolute(output), base=place, overwrite=overwrite)
+
+
+def compare(
+    base: str | Path,
+    tuned: Sequence[str | Path],
+    *,
+    names: Sequence[str] | None = None,
+    spectra: bool = True,
+    device: str = "cpu",
+    backend: str = "threads",
+    workers: int | None = None,
+    memory: int | str = "4GiB",
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Comparison:
+    """Compare fine-tunes before merging them, in one streaming pass.
+
+    Args:
+        base: the base: folder, weight file, or hub id.
+        tuned: the fine-tunes.
+        names: one per fine-tune, for the tables; the last parts of the paths when not given.
+        spectra: whether task matrices are decomposed, which takes most of the time.
+        device: "cpu", "cuda", "cuda:N" or "auto".
+        backend: "threads" or "serial".
+        workers: tensors at a time; None for one per core.
+        memory: bytes in flight at most, such as "4GiB".
+        report: called with the number of tensors done, and of all.
+
+    Returns:
+        Norms, cosines, conflicts, shared directions, conditioning, and what they suggest.
+
+    Raises:
+        SuperposeError: a file or a tensor is not as it should be.
+        Problems: several of them are not.
+    """
+    called = names if names is not None else [""] * len(tuned)
+    models = [{"path": str(path), "name": name} for path, name in zip(tuned, called, strict=True)]
+    settings = Settings(device, backend, workers, _bytes(memory))
+    made = make_plan(load_recipe({"base": str(base), "models": models, "method": "stf"}), settings)
+    items = [item for item in made.items if item.action == "merge" and item.method == "stf"]
+    task_names = made.recipe.task_names
+    context = Context(task_names, made.weights, torch.device(device_of(device)), measure=False)
+    runner = make_backend(settings.backend, settings.workers, settings.memory)
+    try:
+        tensors = compare_items(items, context, runner, spectra=spectra, report=report)
+    finally:
+        close_readers()
+    if not tensors:
+        raise SuperposeError("nothing to compare", where=str(base), mend="give checkpoints with weights")
+    whole, groups = group_tensors(tensors, task_names)
+    found = Comparison(str(base), whole, groups, len(made.items) - len(items), made.notes)
+    return replace(found, suggestions=suggestions(found))
 
 
 def list_methods() -> list[Method]:

@@ -201,7 +201,7 @@ def merge_item(item: WorkItem, surveys: Mapping[Any, Any], context: Context, wri
         outcomes.append(_copy(item, context, sink))
     else:
         method = find_method(item.method)
-        for part in _parts(item, context):
+        for part in parts_of(item, context):
             survey = None
             if method.survey is not None:
                 state = surveys.get((item.method, item.options))
@@ -238,7 +238,7 @@ def survey_item(item: WorkItem, step: int, state: Any, context: Context) -> Any:
         add,
         (
             survey.measure(step, part.name, part.chunks(SURVEY_CHUNK), state, item.options)
-            for part in _parts(item, context)
+            for part in parts_of(item, context)
         ),
     )
 
@@ -337,7 +337,8 @@ def _copy(item: WorkItem, context: Context, sink: _Sink) -> Outcome:
     return Outcome(warnings=(f"{item.name}: {item.why}, copied from the base; {', '.join(other)} differ from it",))
 
 
-def _parts(item: WorkItem, context: Context) -> Iterator[Part]:
+def parts_of(item: WorkItem, context: Context) -> Iterator[Part]:
+    """Yield the maps that a tensor holds: itself, or each of a fused projection."""
     tensors = [_read(header) for header in (item.base, *item.tuned) if header is not None]
     if item.parts is None:
         yield Part(item, context, item.name, tensors[0], tuple(tensors[1:]))

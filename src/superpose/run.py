@@ -128,7 +128,7 @@ def _merge_all(
     context = Context(
         plan.recipe.task_names,
         plan.weights,
-        torch.device(_device(plan.settings.device)),
+        torch.device(device_of(plan.settings.device)),
         plan.settings.measure,
         plan.recipe.seed,
     )
@@ -212,7 +212,8 @@ def _add_in_order(values, items: Sequence[WorkItem], numel: int, step: int, pass
     return total
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """Return the device that a name stands for: "auto" is the GPU where there is one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from superpose.cli import demo, inspect, merge, methods, plan, rebuild
+from superpose.cli import compare, demo, inspect, merge, methods, plan, rebuild
 
 app = typer.Typer(
     name="superpose",
@@ -23,6 +23,7 @@ app.command("merge", context_settings=_PASS_THROUGH)(merge.merge)
 app.command("plan", context_settings=_PASS_THROUGH)(plan.plan)
 app.command("methods")(methods.methods)
 app.command("inspect")(inspect.inspect)
+app.command("compare")(compare.compare)
 app.command("rebuild")(rebuild.rebuild)
 app.command("demo")(demo.demo)
 

@@ -52,3 +52,31 @@ def feature_preservation(merged: Float[Tensor, "out in_"], tasks: Sequence[Featu
         shares += float((answers / s - 1).abs().sum())
         by_task.append(float(miss.mean()))
     return Preservation(misses / max(count, 1), shares / max(count, 1), tuple(by_task), count)
+
+
+def effective_rank(s: Float[Tensor, " rank"]) -> float:
+    """Return the effective rank: exp of the entropy of the singular values' shares of their sum.
+
+    Roy & Vetterli 2007, "The effective rank", definition 1. n equal values give n; 0 for none.
+    """
+    if not len(s):
+        return 0.0
+    shares = s.double() / s.double().sum()
+    shares = shares[shares > 0]
+    return float((-(shares * shares.log()).sum()).exp())
+
+
+def subspace_overlap(first: Float[Tensor, "size count"], second: Float[Tensor, "size other"]) -> float:
+    """Return how far two subspaces share their directions: 1 if one lies in the other, 0 if they are orthogonal.
+
+    The mean squared cosine of their principal angles; count / size is to be expected of random subspaces.
+
+    Args:
+        first: orthonormal columns.
+        second: orthonormal columns.
+
+    Returns:
+        A number from 0 to 1; 0 where one has no columns.
+    """
+    directions = min(first.shape[1], second.shape[1])
+    return float((first.T @ second).double().square().sum()) / directions if directions else 0.0

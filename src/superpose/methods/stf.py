@@ -163,7 +163,7 @@ def superpose_features(tasks: Sequence[Features], *, ridge: float = 0.0, solver:
     u = torch.cat([task.u for task in tasks], dim=1)
     vh = torch.cat([task.vh for task in tasks])
     s = torch.cat([task.s for task in tasks])
-    gram = _gram_matrix(tasks)
+    gram = feature_gram(tasks)
     solution = solve_psd(gram, s, ridge=ridge, solver=solver)
     misses = (gram @ solution.x.to(gram) - s).abs() / s.max()
     worst = float(misses.max())
@@ -227,7 +227,7 @@ def _keeps_all_features(options: StfOptions) -> bool:
     return options.rank is None and options.energy == 1 and options.remove_smallest == 0 and options.remove_largest == 0
 
 
-def _gram_matrix(tasks: Sequence[Features]) -> Float[Tensor, "features features"]:
+def feature_gram(tasks: Sequence[Features]) -> Float[Tensor, "features features"]:
     """Return G_ab = (u_a . u_b)(v_a . v_b): identity within a task, each block between two tasks formed once."""
     counts = [task.count for task in tasks]
     starts = [sum(counts[:index]) for index in range(len(counts))]
