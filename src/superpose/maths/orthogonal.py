@@ -22,6 +22,8 @@ def polar_factor(matrix: Float[Tensor, "out in_"]) -> tuple[Float[Tensor, "out i
     Returns:
         The factor, in the matrix's dtype, and the rank.
     """
+    if not matrix.numel():
+        return matrix.clone(), 0
     exact = matrix.double()
     tall = exact if exact.shape[0] >= exact.shape[1] else exact.T
     size, dtype = max(matrix.shape), matrix.dtype
@@ -29,7 +31,7 @@ def polar_factor(matrix: Float[Tensor, "out in_"]) -> tuple[Float[Tensor, "out i
     cut = max(8 * torch.finfo(dtype).eps, size * torch.finfo(torch.float64).eps)
     if dtype == torch.float64 or size <= SMALL:
         u, s, vh = torch.linalg.svd(tall, full_matrices=False)
-        rank = int((s > cut * s[0]).sum()) if len(s) else 0
+        rank = int((s > cut * s[0]).sum())
         factor = u[:, :rank] @ vh[:rank]
     else:
         squares, vectors = torch.linalg.eigh(tall.T @ tall)

@@ -6,7 +6,8 @@
 The merger in the aligned space is TIES (default), task arithmetic, or DARE with TIES. TIES' threshold is one per task
 over the aligned entries of the whole model. Directions of numerical rank only. `weight_by_sigma: false` merges the W_i
 and applies U diag(s) after, as in the paper's text; the authors' code does as here. What is no matrix (norms, biases,
-embeddings, heads, depthwise kernels) is merged as it is, and counts among the entries.
+embeddings, heads, depthwise kernels) is merged as it is, and counts among the entries. Experts of a stack are aligned
+one by one.
 
 Cost: one decomposition of T matrices side by side, out^2 x T in, repeated in each of the two streaming passes of the
 threshold (`density_scope: tensor` or density 1 needs none). Prefer it for adapters and other low-rank updates, whose

@@ -1,13 +1,14 @@
 """PCB-Merging: weigh each entry by how strong it is in its task and how well it goes with the others.
 
-    c_i     = sign(tau_i) * clip(|tau_i| to its quantiles clip and 1 - clip)
-    beta_i  = exp( T * N(|c_i|)^2 ) o tanh( tau_i o sum_j tau_j ),   N(x) = (x - min x) / (max x - min x)
+    a_i     = |tau_i|, clipped to its quantiles `clip` and 1 - `clip`;   c_i = sign(tau_i) a_i
+    beta_i  = exp( T * N(a_i)^2 ) o tanh( tau_i o sum_j tau_j ),   N(x) = (x - min x) / (max x - min x)
     scale_i = N( max(beta_i, b_i) ),   b_i = entry number floor((1 - density) d) of the d values of beta_i, ascending
     merged  = base + scaling_factor * sum_i weight_i c_i scale_i / sum_i scale_i
 
 Quantiles, minima and maxima are of each task's whole task vector, exact. As in the authors' root script (the paper
 has a softmax); the threshold's own entry gets scale 0, each task's best entry 1. Where all entries that count are
-equal, N divides by zero there: here they get 1 if they agree with the sum, and 0 in a task of zeros.
+equal, N divides by zero there: here they get 1 if they agree with the sum, and 0 in a task of zeros. A task with fewer
+entries than `clip` cuts off is clipped to nothing, with a warning: `clip` 0 keeps it.
 
 Cost: six streaming passes (two for the quantiles, four for the thresholds) in constant memory, and the merge; all in
 float64, piece by piece. Prefer it where tasks compete for the same entries and few of those matter.
@@ -29,7 +30,7 @@ from superpose.maths import order_statistics
 from superpose.maths.order_statistics import Place
 from superpose.maths.streaming import TensorChunks
 from superpose.options import Range
-from superpose.registry import merge_method
+from superpose.registry import Caution, Merged, merge_method
 
 SMALLEST_SUM = 1e-12
 """Sum of scales below which the quotient is held (the authors' code)."""
@@ -166,7 +167,7 @@ def pcb(
     *,
     weights: Float[Tensor, " tasks"] | None = None,
     survey: PcbNumbers | None = None,
-) -> Float[Tensor, "*shape"]:
+) -> Merged:
     """Combine the task vectors, each entry by the tasks' scales there.
 
     Args:
@@ -176,7 +177,7 @@ def pcb(
         survey: the tasks' numbers; when not given, the tensor is taken for the whole model.
 
     Returns:
-        The merged task vector.
+        The merged task vector; with a warning where clipping leaves nothing of a task.
     """
     flat = task_vectors.reshape(len(task_vectors), -1)
     if survey is None:
@@ -190,7 +191,13 @@ def pcb(
         merged += clipped * scale * (1.0 if weights is None else float(weights[task]))
         total += scale
     merged = options.scaling_factor * merged / total.clamp_min(SMALLEST_SUM)
-    return merged.to(task_vectors.dtype).reshape(task_vectors.shape[1:])
+    clipped_away = tuple(
+        task for task, number in enumerate(survey.by_task) if number.high == 0 and bool(flat[task].any())
+    )
+    cautions = (
+        (Caution("fewer entries differ than clip cuts off: choose clip 0", clipped_away),) if clipped_away else ()
+    )
+    return Merged(merged.to(task_vectors.dtype).reshape(task_vectors.shape[1:]), cautions=cautions)
 
 
 def _betas(flat: Float[Tensor, "tasks entries"], numbers: tuple[TaskNumbers, ...]) -> Float[Tensor, "tasks entries"]:
@@ -235,10 +242,10 @@ def _two_places(tasks: int, first: int = 0, second: int = 0) -> tuple[Place, ...
 def _quantile_ranks(numel: int, clip: float) -> tuple[int, int]:
     """Return the 0-based places of the two quantiles: any clip > 0 clips the largest entry, as in the code."""
     # As the decimal number that was written: in binary 1 - 0.1 is less than 0.9.
-    clipped = Fraction(repr(clip)) * numel
+    clipped = Fraction(str(float(clip))) * numel
     high = max(math.floor(numel - clipped - 1), 0)
     return min(math.floor(clipped), high), high
 
 
 def _threshold_rank(numel: int, density: float) -> int:
-    return min(math.floor(numel * (1 - Fraction(repr(density)))), max(numel - 1, 0))
+    return min(math.floor(numel * (1 - Fraction(str(float(density))))), max(numel - 1, 0))
