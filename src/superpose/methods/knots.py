@@ -64,6 +64,25 @@ class KnotsOptions:
         )
 
 
+@dataclass(frozen=True)
+class Alignment:
+    """One tensor in the shared basis, and where to cut it: what merging it takes from the survey.
+
+    Args:
+        bases: one shared basis per map of the tensor; none for what is no matrix.
+        entries: the aligned entries of every task; the task vectors' own where there is no basis.
+        cuts: TIES' numbers for the entries; None where nothing is trimmed.
+    """
+
+    bases: tuple[Features, ...]
+    entries: Float[Tensor, "tasks entries"] | None
+    cuts: TiesNumbers | None
+
+    def within(self, start: int, stop: int) -> Alignment:
+        """Return the same for the entries start..stop of a tensor that is no matrix."""
+        return Alignment((), None, self.cuts.within(start, stop) if self.cuts else None)
+
+
 class KnotsSurvey:
     """The survey of the merger, over aligned entries."""
 
@@ -86,10 +105,16 @@ class KnotsSurvey:
         """Return the state of the search."""
         return self.merger.finish(step, total, state, options.of_merger(), dtype)
 
-    def for_tensor(self, name: str, chunks: TensorChunks, state, options: KnotsOptions) -> TiesNumbers | None:
-        """Return the cuts of one tensor's aligned entries; without them, the merger trims nothing."""
-        trims = options.merger != "task_arithmetic" and options.density < 1
-        return self.merger.for_tensor(name, _aligned(chunks, options), state, options.of_merger()) if trims else None
+    def for_tensor(self, name: str, chunks: TensorChunks, state, options: KnotsOptions) -> Alignment | None:
+        """Return one tensor's alignment, so that merging does not decompose again; None where nothing is trimmed."""
+        if options.merger == "task_arithmetic" or options.density == 1:
+            return None
+        kind = chunks.kind
+        if kind is None or not acts_as_matrix(kind, chunks.shape) or not chunks.numel:
+            return Alignment((), None, self.merger.for_tensor(name, chunks, state, options.of_merger()))
+        bases, entries = _align(chunks.whole(), kind, options)
+        cuts = self.merger.for_tensor(name, _as_chunks(entries, chunks), state, options.of_merger())
+        return Alignment(bases, entries, cuts)
 
 
 def knots_cost(shape: Sequence[int], tasks: int, options: KnotsOptions) -> Cost:
@@ -115,7 +140,7 @@ def knots(
     kind: Kind,
     generator: Generator | None = None,
     weights: Float[Tensor, " tasks"] | None = None,
-    survey: TiesNumbers | None = None,
+    survey: Alignment | None = None,
 ) -> Merged:
     """Align task matrices by one shared SVD, merge what is aligned, and turn it back.
 
@@ -125,16 +150,18 @@ def knots(
         kind: only linear maps and convolutions are aligned.
         generator: the tensor's random numbers; needed for `merger: dare_ties` alone.
         weights: one factor per task, as in the merger.
-        survey: the cuts of this tensor's aligned entries; when not given, the tensor is taken for the whole model.
+        survey: this tensor's alignment and cuts; when not given, the tensor is taken for the whole model.
 
     Returns:
         The merged task vector; for matrices with the rank of the shared basis.
     """
     if not acts_as_matrix(kind, task_vectors.shape[1:]) or not task_vectors.numel():
-        return Merged(_merge(task_vectors, options, generator, weights, survey))
-    bases = [_shared_basis(maps) for maps in as_matrices(task_vectors, kind)]
-    coordinates = _coordinates(task_vectors, kind, bases, options)
-    merged = _merge(coordinates, options, generator, weights, survey)
+        return Merged(_merge(task_vectors, options, generator, weights, survey.cuts if survey else None))
+    if survey is not None and survey.entries is not None:
+        bases, entries = survey.bases, survey.entries
+    else:
+        bases, entries = _align(task_vectors, kind, options)
+    merged = _merge(entries, options, generator, weights, survey.cuts if survey else None)
     rank = sum(basis.count for basis in bases)
     return Merged(_turned_back(merged, bases, task_vectors.shape[1:], options), {"rank": rank})
 
@@ -144,12 +171,12 @@ def _merge(
     options: KnotsOptions,
     generator: Generator | None,
     weights: Float[Tensor, " tasks"] | None,
-    survey: TiesNumbers | None,
+    cuts: TiesNumbers | None,
 ) -> Float[Tensor, "*shape"]:
     if options.merger == "task_arithmetic":
         return task_arithmetic(entries, TaskArithmeticOptions(scaling_factor=options.scaling_factor), weights=weights)
     drawn = generator or Generator(0, "", tuple(map(str, range(len(entries)))))
-    return dare_ties(entries, options.of_merger(), generator=drawn, weights=weights, survey=survey)
+    return dare_ties(entries, options.of_merger(), generator=drawn, weights=weights, survey=cuts)
 
 
 def _shared_basis(matrices: Float[Tensor, "tasks out in_"]) -> Features:
@@ -157,15 +184,17 @@ def _shared_basis(matrices: Float[Tensor, "tasks out in_"]) -> Features:
     return thin_svd(torch.cat(tuple(matrices), dim=1))
 
 
-def _coordinates(
-    task_vectors: Float[Tensor, "tasks *shape"], kind: Kind, bases: Sequence[Features], options: KnotsOptions
-) -> Float[Tensor, "tasks entries"]:
-    """Return each task's matrices in the shared bases, flattened, one map after the other."""
-    maps = []
-    for matrices, basis in zip(as_matrices(task_vectors, kind), bases, strict=True):
+def _align(
+    task_vectors: Float[Tensor, "tasks *shape"], kind: Kind, options: KnotsOptions
+) -> tuple[tuple[Features, ...], Float[Tensor, "tasks entries"]]:
+    """Return the shared basis of each map, and each task's matrices in them, flattened, one map after the other."""
+    bases, maps = [], []
+    for matrices in as_matrices(task_vectors, kind):
+        basis = _shared_basis(matrices)
         aligned = basis.u.T @ matrices
-        maps.append(aligned if options.weight_by_sigma else aligned / basis.s[:, None])
-    return torch.cat([aligned.flatten(1) for aligned in maps], dim=1)
+        maps.append((aligned if options.weight_by_sigma else aligned / basis.s[:, None]).flatten(1))
+        bases.append(basis)
+    return tuple(bases), torch.cat(maps, dim=1)
 
 
 def _turned_back(
@@ -185,8 +214,9 @@ def _aligned(chunks: TensorChunks, options: KnotsOptions) -> TensorChunks:
     kind = chunks.kind
     if kind is None or not acts_as_matrix(kind, chunks.shape) or not chunks.numel:
         return chunks
-    task_vectors = chunks.whole()
-    bases = [_shared_basis(maps) for maps in as_matrices(task_vectors, kind)]
-    coordinates = _coordinates(task_vectors, kind, bases, options)
-    entries = coordinates.shape[1]
-    return replace(chunks, numel=entries, shape=(entries,), read=lambda start, stop: coordinates[:, start:stop])
+    return _as_chunks(_align(chunks.whole(), kind, options)[1], chunks)
+
+
+def _as_chunks(entries: Float[Tensor, "tasks entries"], chunks: TensorChunks) -> TensorChunks:
+    numel = entries.shape[1]
+    return replace(chunks, numel=numel, shape=(numel,), read=lambda start, stop: entries[:, start:stop])
