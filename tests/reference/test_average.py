@@ -47,7 +47,7 @@ def test_identical_models_come_back_bit_for_bit(tasks, weighted):
     assert torch.equal(average(model.expand(tasks, 50), AverageOptions(), weights=weights), model)
 
 
-def test_weights_are_divided_by_their_sum():
+def test_worked_example_weights_are_divided_by_their_sum():
     tuned = torch.tensor([[1.0, 8.0], [5.0, 0.0]])
     for factor in (1.0, 0.25, 8.0):
         weights = factor * torch.tensor([1.0, 3.0], dtype=torch.float64)
@@ -67,8 +67,23 @@ def test_equals_task_arithmetic_scaled_by_the_number_of_tasks():
     assert_close(average(base + task_vectors, AverageOptions()), (base + summed).numpy(), 1e-14)
 
 
-def test_adding_the_base_shrinks_the_update():
+def test_breaks_zero_as_the_base_shrinks_the_update():
     """The law "zero" does not hold: one of T models more takes T / (T + 1) of the update."""
     base, task_vectors = models((5,), tasks=1)[0], models((5, 1), tasks=3)[..., 0]
     tuned = torch.cat([base + task_vectors, base[None]])
     assert_close(average(tuned, AverageOptions()) - base, 3 / 4 * task_vectors.mean(dim=0).numpy(), 1e-14)
+
+
+def test_defaults_weigh_all_models_alike():
+    tuned = torch.tensor([[1.0, 2], [3, 6]])
+    assert torch.equal(average(tuned, AverageOptions()), torch.tensor([2.0, 4]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_degenerate_models_of_one_entry_zeros_and_a_model_without_share(dtype):
+    options = AverageOptions()
+    assert average(torch.zeros(3, 1, dtype=dtype), options).tolist() == [0]
+    assert average(torch.full((4, 1), 0.1, dtype=dtype), options).item() == torch.tensor(0.1, dtype=dtype).item()
+    # A model of share 0 leaves no trace, however large it is.
+    far = torch.tensor([[1e6, 1e6], [1, 3.1]], dtype=dtype)
+    assert torch.equal(average(far, options, weights=torch.tensor([0.0, 1.0]).double()), far[1])

@@ -132,7 +132,7 @@ def test_breaks_single_one_model_is_interpolated_with_the_base(t):
         assert torch.equal(merged, tuned)
 
 
-def test_breaks_zero_a_second_model_that_is_the_base_is_the_other_end():
+def test_second_model_that_is_the_base_is_the_other_end():
     base, tuned = pair(5, 6)
     merged = slerp(torch.stack([tuned, base]), SlerpOptions(t=0.3), base=base)
     assert_close(merged, slerp_by_entry(tuned.numpy(), base.numpy(), 0.3), 1e-12)

@@ -208,7 +208,7 @@ def test_task_of_zeros_changes_nothing():
 
 @every_dtype
 @pytest.mark.parametrize("tasks", [1, 3])
-def test_tasks_of_zeros_leave_the_base(tasks, dtype, tolerance):
+def test_degenerate_tasks_of_zeros_leave_the_base(tasks, dtype, tolerance):
     merged = merge(torch.zeros(tasks, 5, 6, dtype=dtype))
     assert torch.equal(merged.tensor, torch.zeros(5, 6, dtype=dtype))
     assert merged.stats["features"] == 0
@@ -255,7 +255,7 @@ def test_common_factor_comes_out_whatever_its_sign(factor):
 # Examples worked out by hand.
 
 
-def test_two_features_with_a_common_input_direction():
+def test_worked_example_two_features_with_a_common_input_direction():
     """G_12 = 0.6; task arithmetic gives the first column (2.6, 0.8)."""
     matrices = in_double([[2, 0], [0, 0]], [[0.6, 0], [0.8, 0]])
     assert_close(merge(matrices).tensor, [[2, 0], [-0.25, 0]], 1e-13)
@@ -263,7 +263,7 @@ def test_two_features_with_a_common_input_direction():
     assert_close(found.solution.x, [2.1875, -0.3125], 1e-13)
 
 
-def test_matrices_of_one_row():
+def test_worked_example_matrices_of_one_row():
     """<tau_i / |tau_i|, w> = |tau_i|: w = (17/3, 2, 0)."""
     matrices = in_double([[3, 4, 0]], [[0, 2, 0]])
     assert_close(merge(matrices).tensor, [[17 / 3, 2, 0]], 1e-13)
@@ -299,7 +299,7 @@ def on_one_direction(*strengths, seed=0):
     ("strengths", "merged_strength"),
     [((3, 1), 2), ((1, 2, 6), 3), ((3, -1), 1), ((2, -2), 0), ((4, 4), 4)],
 )
-def test_strengths_on_one_direction_are_averaged(strengths, merged_strength, dtype, tolerance):
+def test_worked_example_strengths_on_one_direction_are_averaged(strengths, merged_strength, dtype, tolerance):
     """With opposite signs it is the signed mean."""
     direction, matrices = on_one_direction(*strengths)
     merged = merge([matrix.to(dtype) for matrix in matrices])
@@ -391,7 +391,7 @@ def test_ridge_bounds_the_answer_of_nearly_parallel_features(ridge):
 
 @every_dtype
 @pytest.mark.parametrize(("tasks", "shape"), [(5, (2, 2)), (7, (3, 2)), (4, (1, 3)), (70, (8, 8))])
-def test_more_features_than_entries_are_answered_in_least_squares(tasks, shape, dtype, tolerance):
+def test_degenerate_more_features_than_entries_are_answered_in_least_squares(tasks, shape, dtype, tolerance):
     matrices = random_tensors(tasks, *shape, dtype=dtype, seed=3)
     merged = merge(matrices)
     assert_close(merged.tensor, shortest(matrices.numpy()), 10 * tolerance)
@@ -503,7 +503,7 @@ def test_features_are_removed_by_number_before_the_solve(options, first, last, t
 
 
 @pytest.mark.parametrize("options", [{"remove_smallest": 1.0}, {"remove_largest": 0.6, "remove_smallest": 0.6}])
-def test_removing_every_feature_leaves_the_base(options):
+def test_degenerate_removing_every_feature_leaves_the_base(options):
     assert torch.equal(merge(random_tensors(2, 5, 6), **options).tensor, torch.zeros(5, 6).double())
 
 
@@ -574,14 +574,14 @@ def test_norms_left_untrimmed_are_not_cut_by_a_survey_either():
     assert merged.tensor.tolist() == [2, 1.5]
 
 
-def test_task_of_zeros_shrinks_the_mean_of_norms():
+def test_breaks_zero_for_norms_whose_mean_shrinks():
     """For norms the law "zero" does not hold: the paper averages them."""
     task_vectors = in_double([4, 1], [0, 2], [0, 0])
     assert stf(task_vectors, StfOptions(density=1.0), kind=Kind.NORM).tensor.tolist() == [4 / 3, 1]
 
 
 @pytest.mark.parametrize("kind", [Kind.BIAS, Kind.EMBEDDING, Kind.HEAD, Kind.SCALAR])
-def test_identical_tasks_are_added_up_where_there_is_no_matrix(kind):
+def test_breaks_same_where_there_is_no_matrix(kind):
     """For what is no matrix the law "same" does not hold: the paper adds it up."""
     task_vectors = in_double([4], [4], [4])
     assert stf(task_vectors, StfOptions(density=1.0), kind=kind).tensor.tolist() == pytest.approx([0.8 * 12])

@@ -43,7 +43,7 @@ def test_equals_the_formula(scaling_factor, weights, shape, dtype, tolerance):
     assert_close(merged, sum_by_entry(task_vectors.double().numpy(), scaling_factor, weights or [1.0] * 3), tolerance)
 
 
-def test_default_scaling_factor_is_that_of_eight_tasks():
+def test_defaults_are_those_for_eight_tasks():
     assert TaskArithmeticOptions().scaling_factor == 0.3
 
 
@@ -62,7 +62,7 @@ def test_forgetting_is_a_negative_factor_or_weight():
     assert torch.equal(merge(task_vectors, 0.5, [-1.0]), -0.5 * task_vectors[0])
 
 
-def test_analogy_is_a_sum_with_weights_of_both_signs():
+def test_worked_example_analogy_is_a_sum_with_weights_of_both_signs():
     a, b, c = task_vectors_of((9,))
     assert_close(merge(torch.stack([a, b, c]), 0.5, [-1.0, 1.0, 1.0]), (0.5 * (c + b - a)).numpy(), 1e-14)
 
@@ -73,7 +73,15 @@ def test_is_linear_in_every_task_vector():
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 8])
-def test_identical_tasks_are_added_up(tasks):
+def test_breaks_same_as_identical_tasks_are_added_up(tasks):
     """The law "same" does not hold: T identical tasks give T times the task."""
     task_vector = task_vectors_of((9,), tasks=1)[0]
     assert_close(merge(task_vector.expand(tasks, 9)), tasks * task_vector.numpy(), 1e-14)
+
+
+def test_degenerate_tasks_of_zeros_leave_the_base_and_add_nothing():
+    task_vector = torch.tensor([1.0, 0, -2], dtype=torch.float64)
+    zeros = torch.zeros(2, 3, dtype=torch.float64)
+    options = TaskArithmeticOptions(scaling_factor=1)
+    assert torch.equal(task_arithmetic(zeros, options), zeros[0])
+    assert torch.equal(task_arithmetic(torch.cat([zeros, task_vector[None]]), options), task_vector)

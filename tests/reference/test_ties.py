@@ -129,7 +129,7 @@ def test_identical_tasks_give_the_trimmed_task():
 
 
 @pytest.mark.parametrize(("tie", "expected"), [("zero", [0, 0]), ("positive", [1, 2]), ("majority", [0, 0])])
-def test_opposite_tasks(tie, expected):
+def test_degenerate_opposite_tasks(tie, expected):
     """No sign has a majority either; the authors' code then keeps the negative entries."""
     assert merge(in_double([1, -2], [-1, 2]), density=1.0, tie=tie).tolist() == expected
 
@@ -147,7 +147,7 @@ def test_merged_entries_are_no_larger_than_the_largest_kept():
     assert (merge(task_vectors, density=0.3).abs() <= kept.abs().amax(dim=0) * (1 + 1e-6)).all()
 
 
-def test_task_of_zeros_contributes_nothing():
+def test_degenerate_task_of_zeros_contributes_nothing():
     task_vectors = random_rows(3, 50)
     with_zeros = torch.cat([task_vectors[:1], torch.zeros(1, 50, dtype=torch.float64), task_vectors[1:]])
     assert torch.equal(merge(with_zeros), merge(task_vectors))
@@ -233,7 +233,7 @@ def test_scope_tensor_trims_each_tensor_but_takes_the_majority_over_the_model(se
 
 
 @pytest.mark.parametrize("tie", TIES)
-def test_model_with_a_tensor_without_entries(tie):
+def test_degenerate_model_with_a_tensor_without_entries(tie):
     tensors = {"nil": np.zeros((2, 0)), "some": np.array([[3, -1, 0.5, 2], [-2, -1.5, 0.1, 1]])}
     nil, some = merge_model(tensors, (1.0, 1.0), TiesOptions(density=0.5, tie=tie))
     assert nil.shape == (0,)

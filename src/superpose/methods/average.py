@@ -3,7 +3,8 @@
     merged = sum_i w_i tuned_i,   w_i = weight_i / sum_j weight_j
 
 Needs the tuned models only; the base gives names and dtypes. Safe and weak: each task's update shrinks by 1/T.
-Prefer it for runs of one task, and as the reference that a better method has to beat.
+
+Cost: one pass, piece by piece. Prefer it for runs of one task, and as the reference that a better method has to beat.
 """
 
 from __future__ import annotations

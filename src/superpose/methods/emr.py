@@ -10,8 +10,8 @@ The output is a model with `tasks/` beside it: `superpose rebuild OUT --task NAM
 Which task is meant must be known when the model is used. Where the sum cancels exactly, g is 0 and the entry stays at
 the base (the authors' code takes -1). A task of zeros has scale 1 and an empty mask.
 
-Cost: one streaming pass for the scales, and the merge, piece by piece; one bit per entry and task on the disk. Prefer
-it when tasks are told apart in use, and one model plus small masks can replace T models.
+Cost: one streaming pass for the scales, and the merge, piece by piece; one bit per entry and task on the disk.
+Prefer it when tasks are told apart in use, and one model plus small masks can replace T models.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@
 
 Entry by entry, on every tensor. A negative weight forgets a task. The best scaling factor falls as tasks are added:
 1 for one task, about 0.3 for eight; 1/T is the average.
+
+Cost: one pass, piece by piece. Prefer it as the first thing to try, with two or three scaling factors: on nearly
+orthogonal task vectors little beats it that costs less.
 """
 
 from __future__ import annotations

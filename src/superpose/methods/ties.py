@@ -6,7 +6,10 @@
     apply    merged = base + scaling_factor * m
 
 The threshold is one per task over the whole model, as in the paper (`density_scope: model`, found in two streaming
-passes), or one per task and tensor. Prefer it where tasks' updates are sparse and disagree in sign.
+passes), or one per task and tensor.
+
+Cost: two streaming passes and the merge, piece by piece. Prefer it where tasks' updates are sparse and disagree in
+sign.
 """
 
 from __future__ import annotations
