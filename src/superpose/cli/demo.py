@@ -29,4 +29,7 @@ def demo(
         result = run_demo(cache, output=output, say=lambda line: typer.echo(line, err=True))
         columns, *rows = table_rows(result)
         print_table(columns, rows, right=columns[1:])
+        for row in result.rows:
+            if row.note:
+                typer.echo(f"{row.name}: {row.note}")
         typer.echo(f"\nmerged by {result.merged_by}: {result.merged}\n" + "\n".join(result.loading_lines))

@@ -16,11 +16,13 @@ class Row:
             its own task, or a method's name for what it merged, again with the heads of the fine-tunes.
         accuracy: fraction of the held-out examples answered rightly, by task.
         merge_seconds: how long the merge took; None where nothing was merged.
+        note: what is different about this row, in words.
     """
 
     name: str
     accuracy: Mapping[str, float]
     merge_seconds: float | None = None
+    note: str = ""
 
     @property
     def mean(self) -> float:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from superpose.demo.encoder import EncodedTask
     from superpose.demo.finetune import FineTuned
+    from superpose.registry import Method
 
 TRAIN = 640
 """Examples that each fine-tune learns from."""
@@ -172,26 +173,43 @@ def _merge_and_score(
                 demo.say(f"{method.name}: left out, it needs {', '.join(sorted(method.needs))}")
                 continue
             folder = demo.merged if method.name == KEPT_METHOD else scratch / method.name
-            rows.append(_merge_and_score_one(demo, base, tuned, method.name, folder))
+            rows.append(_merge_and_score_one(demo, base, tuned, method, folder))
             demo.say(_summary(rows[-1]))
             if folder != demo.merged:
-                shutil.rmtree(folder)
+                for made in scratch.iterdir():
+                    shutil.rmtree(made)
     return rows, left_out
 
 
-def _merge_and_score_one(demo: _Demo, base: Path, tuned: Sequence[FineTuned], method: str, folder: Path) -> Row:
+def _merge_and_score_one(demo: _Demo, base: Path, tuned: Sequence[FineTuned], method: Method, folder: Path) -> Row:
     from superpose import api
-    from superpose.demo.score import score_shared
+    from superpose.demo.score import score_apart, score_shared
 
-    models = [{"path": str(one.body), "name": one.task.name} for one in tuned]
+    merged = tuned[: method.models[1]]  # all, but for a method that merges two
+    models = [{"path": str(one.body), "name": one.task.name} for one in merged]
     start = time.perf_counter()
     with demo.phase("merge"):
-        api.merge({"base": str(base), "models": models, "method": method}, output=folder, overwrite=True)
+        api.merge({"base": str(base), "models": models, "method": method.name}, output=folder, overwrite=True)
     merge_seconds = time.perf_counter() - start
+    if method.beside is not None:
+        with demo.phase("score"):
+            accuracy = score_apart(tuned, lambda one: _rebuilt(folder, one.task.name))
+        return Row(method.name, accuracy, merge_seconds, "each task by the model rebuilt for it, its name given")
+    note = "" if len(merged) == len(tuned) else f"merges {' and '.join(one.task.name for one in merged)} alone"
     with demo.phase("score"):
-        return Row(method, score_shared(folder, tuned), merge_seconds)
+        return Row(method.name, score_shared(folder, tuned), merge_seconds, note)
+
+
+def _rebuilt(folder: Path, task: str) -> Path:
+    """Return the folder of one task's model, rebuilt from a set beside it."""
+    from superpose import api
+
+    place = folder.with_name(f"{folder.name}-{task}")
+    api.rebuild(folder, task, place)
+    return place
 
 
 def _summary(row: Row) -> str:
     made = "" if row.merge_seconds is None else f", merged in {row.merge_seconds:.1f} s"
-    return f"{row.name}: mean accuracy {row.mean:.3f}{made}"
+    note = f" ({row.note})" if row.note else ""
+    return f"{row.name}: mean accuracy {row.mean:.3f}{made}{note}"

@@ -22,6 +22,11 @@ def score_alone(tuned: Sequence[FineTuned]) -> dict[str, float]:
     return _score(tuned, lambda one: load_body(one.body))
 
 
+def score_apart(tuned: Sequence[FineTuned], folder_of: Callable[[FineTuned], Path]) -> dict[str, float]:
+    """Return the accuracy of each task's own model folder on that task, with the head that was fine-tuned for it."""
+    return _score(tuned, lambda one: load_body(folder_of(one)))
+
+
 def score_shared(folder: Path, tuned: Sequence[FineTuned]) -> dict[str, float]:
     """Return the accuracy of one encoder on every task, with the head that was fine-tuned for the task.
 
