@@ -141,8 +141,8 @@ class Method:
 
     @property
     def summary(self) -> str:
-        """First line of the function's docstring."""
-        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+        """What comes out, in a line: the first of the description, or of the function's docstring."""
+        return (self.description or inspect.getdoc(self.function) or "").partition("\n")[0]
 
     @property
     def description(self) -> str:

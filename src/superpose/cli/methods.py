@@ -9,6 +9,7 @@ import typer
 
 from superpose.cli import common
 from superpose.cli.common import exit_codes, print_table
+from superpose.kinds import Kind
 from superpose.options import option_specs
 
 if TYPE_CHECKING:
@@ -45,13 +46,28 @@ def _describe(method: Method) -> None:
     else:
         typer.echo("It has no options.")
     weights = "taken into account" if "weights" in method.wants else "not used: leave them at 1"
-    typer.echo(f"\nneeds: {_needs(method)}\nweights of models: {weights}\nsource: {method.source}")
+    typer.echo(f"\nneeds: {_needs(method)}\nweights of models: {weights}")
+    for law, breach in method.breaks.items():
+        kinds = "" if breach.kinds == frozenset(Kind) else f" for {', '.join(sorted(map(str, breach.kinds)))}"
+        typer.echo(f"breaks '{law}'{kinds}: {breach.why}")
+    typer.echo(f"source: {method.source}")
 
 
 def _needs(method: Method) -> str:
-    extra = ", ".join(sorted(method.needs))
-    passes = " (model-wide passes beforehand)" if method.survey is not None else ""
-    return f"weights of base and fine-tunes{', ' + extra if extra else ''}{passes}"
+    fewest, most = method.models
+    tuned = (
+        f"{fewest} to {most} fine-tunes" if most else "fine-tunes" if fewest == 1 else f"{fewest} fine-tunes or more"
+    )
+    passes = _passes(method)
+    beforehand = {0: "", 1: "; one pass beforehand"}.get(passes, f"; {passes} passes beforehand")
+    return ", ".join(["base", tuned, *sorted(method.needs)]) + beforehand
+
+
+def _passes(method: Method) -> int:
+    """Return the survey passes of the default options."""
+    import torch
+
+    return method.survey.passes(method.options(), torch.float32) if method.survey is not None else 0
 
 
 def _as_json(method: Method) -> dict[str, Any]:

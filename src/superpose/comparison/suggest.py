@@ -13,7 +13,7 @@ OPPOSED = -0.2
 UNEVEN = 3.0
 """Ratio of norms from which one task drowns another."""
 DARE_LIMIT = 0.005
-"""Largest update that DARE is said to bear (arXiv:2311.03099, section 4.4: 0.002 to 0.005)."""
+"""Largest update that DARE is said to bear (arXiv:2311.03099: about 0.002 to 0.005)."""
 LOW_RANK = 0.1
 SHARED = 3.0
 """Times the chance level from which leading directions count as shared."""

@@ -57,7 +57,7 @@ def feature_preservation(merged: Float[Tensor, "out in_"], tasks: Sequence[Featu
 def effective_rank(s: Float[Tensor, " rank"]) -> float:
     """Return the effective rank: exp of the entropy of the singular values' shares of their sum.
 
-    Roy & Vetterli 2007, "The effective rank", definition 1. n equal values give n; 0 for none.
+    Roy & Vetterli 2007, "The effective rank". n equal values give n; 0 for none.
     """
     if not len(s):
         return 0.0

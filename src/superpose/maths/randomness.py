@@ -66,7 +66,7 @@ def drop_and_rescale(
 ) -> Float[Tensor, "tasks *shape"]:
     """Keep each entry with probability `density` and divide what is kept by it: the expectation stays.
 
-    Equation (2) of DARE (Yu et al. 2024, arXiv:2311.03099), with density = 1 - p.
+    DARE (Yu et al. 2024, arXiv:2311.03099), with density = 1 - p.
 
     Args:
         task_vectors: one per task.

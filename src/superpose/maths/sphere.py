@@ -20,7 +20,7 @@ def slerp(first: Float[Tensor, "*shape"], second: Float[Tensor, "*shape"], t: fl
 
         [ sin((1 - t) angle) first + sin(t angle) second ] / sin(angle)
 
-    Shoemake 1985, "Animating rotation with quaternion curves", section 3.3. Nearly parallel or opposite vectors, and
+    Shoemake 1985, "Animating rotation with quaternion curves". Nearly parallel or opposite vectors, and
     vectors of norm below 1e-8, are interpolated along the straight line.
 
     Args:

@@ -41,7 +41,7 @@ class BreadcrumbsOptions:
 @merge_method(
     "breadcrumbs",
     options=BreadcrumbsOptions,
-    source="Davari & Belilovsky 2024, arXiv:2312.06795, section 3, equations (1) and (2)",
+    source="Davari & Belilovsky 2024, arXiv:2312.06795, masks and merge; counted per tensor, the code per row",
     breaks={"same": "T identical tasks add up to T times the task; with scaling_factor 1/T it holds"},
     plain={"density": 1.0, "remove_top": 0.0, "scaling_factor": 1.0},
 )

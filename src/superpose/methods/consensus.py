@@ -87,7 +87,7 @@ def consensus_notes(options: ConsensusOptions, tasks: int) -> list[str]:
 @merge_method(
     "consensus",
     options=ConsensusOptions,
-    source="Wang et al. 2024, arXiv:2405.07813, equations (4) (masks) and (6) (consensus)",
+    source="Wang et al. 2024, arXiv:2405.07813, TALL masks and Consensus TA",
     whole_for=(),
     survey=ConsensusSurvey(),
     notes=consensus_notes,

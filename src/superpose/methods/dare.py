@@ -38,7 +38,7 @@ class DareOptions:
 @merge_method(
     "dare",
     options=DareOptions,
-    source="Yu et al. 2024, arXiv:2311.03099, equations (1) to (3); Ilharco et al. 2023, arXiv:2212.04089",
+    source="Yu et al. 2024, arXiv:2311.03099, drop and rescale; Ilharco et al. 2023, arXiv:2212.04089",
     whole_for=(),
     breaks={"same": "T identical tasks add up to T times the task; with scaling_factor 1/T it holds"},
 )

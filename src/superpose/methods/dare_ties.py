@@ -80,7 +80,7 @@ class DareTiesSurvey:
 @merge_method(
     "dare_ties",
     options=DareTiesOptions,
-    source="Yu et al. 2024, arXiv:2311.03099, equations (1) to (3); Yadav et al. 2023, arXiv:2306.01708, Algorithm 1",
+    source="Yu et al. 2024, arXiv:2311.03099, drop and rescale; Yadav et al. 2023, arXiv:2306.01708, Algorithm 1",
     whole_for=(),
     survey=DareTiesSurvey(),
 )

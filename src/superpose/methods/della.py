@@ -52,7 +52,7 @@ class DellaOptions:
 @merge_method(
     "della",
     options=DellaOptions,
-    source="Deep et al. 2024, arXiv:2406.11617, section 3.1 (MagPrune), 3.2 (elect) and 3.3 (fuse)",
+    source="Deep et al. 2024, arXiv:2406.11617, MagPrune, elect, fuse",
     plain={"density": 1.0, "epsilon": 0.0, "scaling_factor": 1.0},
 )
 def della(

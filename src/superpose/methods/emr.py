@@ -90,7 +90,7 @@ def mask_name(name: str, task: int) -> str:
 @merge_method(
     "emr",
     options=EmrOptions,
-    source="Huang et al. 2024, arXiv:2405.17461, section 3.2, equations (2) to (5); global sums in the scales",
+    source="Huang et al. 2024, arXiv:2405.17461, elect, mask, rescale; sums over the whole model",
     whole_for=(),
     survey=EmrSurvey(),
     beside=mask_names,

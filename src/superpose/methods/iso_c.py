@@ -41,7 +41,7 @@ class IsoCOptions:
 @merge_method(
     "iso_c",
     options=IsoCOptions,
-    source="Marczak et al. 2025, arXiv:2502.04959, section 4.1, equation (5)",
+    source="Marczak et al. 2025, arXiv:2502.04959, Iso-C",
     whole_for=TWO_DIMENSIONAL,
     cost=spectral_cost,
     breaks={

@@ -44,7 +44,7 @@ class IsoCtsOptions:
 @merge_method(
     "iso_cts",
     options=IsoCtsOptions,
-    source="Marczak et al. 2025, arXiv:2502.04959, section 4.2, Algorithm 2",
+    source="Marczak et al. 2025, arXiv:2502.04959, Iso-CTS",
     whole_for=TWO_DIMENSIONAL,
     cost=spectral_cost,
     breaks={

@@ -128,7 +128,7 @@ def knots_cost(shape: Sequence[int], tasks: int, options: KnotsOptions) -> Cost:
 @merge_method(
     "knots",
     options=KnotsOptions,
-    source="Stoica et al. 2024, arXiv:2410.19735, section 4, equations (4) and (5); Sigma V merged as in the code",
+    source="Stoica et al. 2024, arXiv:2410.19735, KnOTS-TIES; Sigma V merged, as in the authors' code",
     whole_for=MATRIX_KINDS,
     survey=KnotsSurvey(),
     cost=knots_cost,

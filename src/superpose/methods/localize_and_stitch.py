@@ -37,7 +37,7 @@ class LocalizeAndStitchOptions:
 @merge_method(
     "localize_and_stitch",
     options=LocalizeAndStitchOptions,
-    source="He et al. 2024, arXiv:2408.13656, sections 3.1 (dataless localisation) and 3.2 (stitching)",
+    source="He et al. 2024, arXiv:2408.13656, dataless localisation and stitching",
     whole_for=(),
     survey=MagnitudeSurvey(),
 )

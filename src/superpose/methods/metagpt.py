@@ -106,7 +106,7 @@ class MetaGptSurvey:
 @merge_method(
     "metagpt",
     options=MetaGptOptions,
-    source="Zhou et al. 2024, arXiv:2406.11385, equation (16) (closed form of the coefficients); no official code",
+    source="Zhou et al. 2024, arXiv:2406.11385, closed form of the coefficients; no official code",
     whole_for=(),
     survey=MetaGptSurvey(),
 )

@@ -35,7 +35,7 @@ class ModelStockOptions:
 @merge_method(
     "model_stock",
     options=ModelStockOptions,
-    source="Jang et al. 2024, arXiv:2403.19522, equation (7); no official code: mean of cosines for more than two",
+    source="Jang et al. 2024, arXiv:2403.19522, the interpolation ratio; no official code: mean of cosines for T > 2",
     models=(2, None),
     breaks={"zero": "a model that is the base is orthogonal to all others and pulls towards the base"},
 )

@@ -150,7 +150,7 @@ class PcbSurvey:
 @merge_method(
     "pcb",
     options=PcbOptions,
-    source="Du et al. 2024, arXiv:2410.02396, section 3.2, equations (1) to (4), as in the authors' root script",
+    source="Du et al. 2024, arXiv:2410.02396, balancing, drop and rescale; as in the authors' root script",
     whole_for=(),
     survey=PcbSurvey(),
     breaks={
@@ -201,7 +201,7 @@ def pcb(
 
 
 def _betas(flat: Float[Tensor, "tasks entries"], numbers: tuple[TaskNumbers, ...]) -> Float[Tensor, "tasks entries"]:
-    """Return intra- times inter-balancing, equations (1) to (3), in float64: products of small entries are tiny."""
+    """Return intra- times inter-balancing, in float64: products of small entries are tiny."""
     exact = flat.double()
     together = exact.sum(dim=0)
     betas = torch.empty_like(exact)
@@ -214,7 +214,7 @@ def _betas(flat: Float[Tensor, "tasks entries"], numbers: tuple[TaskNumbers, ...
 
 
 def _scale(beta: Float[Tensor, " entries"], numbers: TaskNumbers) -> Float[Tensor, " entries"]:
-    """Return the drop and rescale of one task, equation (4)."""
+    """Return the drop and rescale of one task."""
     span = numbers.best - numbers.threshold
     if span > 0:
         return (beta - numbers.threshold).clamp_min(0) / span

@@ -34,7 +34,7 @@ class PemOptions:
 @merge_method(
     "pem",
     options=PemOptions,
-    source="Zhang et al. 2023, arXiv:2306.14870, section 3 (operators); full-model form in delta space",
+    source="Zhang et al. 2023, arXiv:2306.14870, the operators; full-model form, in delta space",
     whole_for=(),
     breaks={"zero": "the shares add up to 1, and the base takes one of them"},
 )

@@ -34,7 +34,7 @@ class SlerpOptions:
 @merge_method(
     "slerp",
     options=SlerpOptions,
-    source="Shoemake 1985, Animating rotation with quaternion curves, section 3.3",
+    source="Shoemake 1985, Animating rotation with quaternion curves; on weights as popularised by mergekit",
     acts_on="weights",
     models=(1, 2),
     breaks={

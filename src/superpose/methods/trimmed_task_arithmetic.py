@@ -42,7 +42,7 @@ class TrimmedTaskArithmeticOptions:
 @merge_method(
     "trimmed_task_arithmetic",
     options=TrimmedTaskArithmeticOptions,
-    source="control of Qiu et al. 2025, arXiv:2502.10698v2, Algorithm 2 without its line 9 (the system)",
+    source="control of Qiu et al. 2025, arXiv:2502.10698v2, Algorithm 2 with the sum in place of the system",
     whole_for=(),
     survey=MagnitudeSurvey(),
     breaks={

@@ -57,7 +57,7 @@ def spectral_cost(shape: Sequence[int], tasks: int, options: object) -> Cost:
 @merge_method(
     "tsv",
     options=TsvOptions,
-    source="Gargiulo et al. 2024, arXiv:2412.00081, section 4 (TSV-M), Algorithm 1",
+    source="Gargiulo et al. 2024, arXiv:2412.00081, TSV-M",
     whole_for=TWO_DIMENSIONAL,
     cost=spectral_cost,
     breaks={
