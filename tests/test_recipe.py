@@ -147,7 +147,9 @@ def test_a_recipe_survives_being_written_and_read(content, exclude_unset):
     ("models", "names"),
     [
         (["a/math", "b/code"], ("math", "code")),
-        (["a/model", "b/model", "c/model"], ("model", "model-2", "model-3")),
+        (["a/model", "b/model", "c/model"], ("a", "b", "c")),
+        (["runs/1/last", "runs/2/last"], ("1", "2")),
+        (["model", "b/model", "c/model"], ("model", "model-2", "model-3")),
         (["org/name@v1", "org/name@v2"], ("name", "name-2")),
         (["x/model.safetensors"], ("model.safetensors",)),
         ([{"path": "a", "name": "b"}, "b"], ("b", "b-2")),

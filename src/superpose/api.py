@@ -193,8 +193,8 @@ def merge_to_set(
     outputs, records = merge_in_memory(items, context)
     merged = {item.name: outputs[item.name] for item in items}
     masks = {name: tensor for name, tensor in outputs.items() if name not in merged}
-    scales = next((record.stats["scales"] for record in records.values() if record.beside), [1.0] * len(tuned))
-    return TaskSet(merged, masks, tuple(scales), context.task_names)
+    scales = next((record.stats["scales"] for record in records.values() if record.stats), [1.0] * len(tuned))
+    return TaskSet(merged, masks, tuple(scales), context.task_names, shared_memory(base))
 
 
 def rebuild(
@@ -252,6 +252,8 @@ def compare(
         Problems: several of them are not.
     """
     called = names if names is not None else [""] * len(tuned)
+    if len(called) != len(tuned):
+        raise SuperposeError(f"{len(called)} names for {len(tuned)} models", where="names", mend="give one per model")
     models = [{"path": str(path), "name": name} for path, name in zip(tuned, called, strict=True)]
     settings = Settings(device, backend, workers, _bytes(memory))
     made = make_plan(load_recipe({"base": str(base), "models": models, "method": "stf"}), settings)
@@ -265,8 +267,9 @@ def compare(
         close_readers()
     if not tensors:
         raise SuperposeError("nothing to compare", where=str(base), mend="give checkpoints with weights")
+    notes = tuple(note for note in made.notes if "--memory" not in note)
     whole, groups = group_tensors(tensors, task_names)
-    found = Comparison(str(base), whole, groups, len(made.items) - len(items), made.notes)
+    found = Comparison(str(base), whole, groups, len(made.items) - len(items), notes)
     return replace(found, suggestions=suggestions(found))
 
 

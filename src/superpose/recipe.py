@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -138,16 +138,27 @@ class Recipe(_Strict):
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """One distinct name per model: its own, or the last part of its path."""
+        """One distinct name per model: its own, or the last part of its path in which the models differ."""
         given = {entry.name for entry in self.models if entry.name}
         names: list[str] = []
-        for entry in self.models:
-            name = entry.name or Path(entry.path.partition("@")[0]).name or "model"
+        for entry, told in zip(self.models, _telling_parts([entry.path for entry in self.models]), strict=True):
+            name = entry.name or told
             distinct, number = name, 2
             while not entry.name and distinct in given.union(names):
                 distinct, number = f"{name}-{number}", number + 1
             names.append(distinct)
         return tuple(names)
+
+
+def _telling_parts(paths: Sequence[str]) -> list[str]:
+    """Return the last part of each path, or, where run/checkpoint-9 meets run-2/checkpoint-9, the part that tells."""
+    split = [Path(path.partition("@")[0]) for path in paths]
+    parts = [tuple(part for part in path.parts if part != path.anchor) or ("model",) for path in split]
+    for depth in range(1, min(map(len, parts), default=0) + 1):
+        told = [part[-depth] for part in parts]
+        if len(set(told)) == len(told):
+            return told
+    return [part[-1] for part in parts]
 
 
 def load_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from superpose.backends import Backend, make_backend
+from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.headers import TORCH_DTYPES
 from superpose.checkpoints.sidecars import copy_sidecars
 from superpose.checkpoints.writer import StreamWriter, as_bytes
@@ -236,6 +237,13 @@ def _plug_ins(plan: Plan) -> dict[str, str]:
     return {f"method {name}": digest for name, module in sorted(used.items()) if (digest := plug_in_digest(module))}
 
 
+def _place(checkpoint: Checkpoint) -> str:
+    """Return where a checkpoint can be found from any folder."""
+    if checkpoint.revision:
+        return f"{checkpoint.name.partition('@')[0]}@{checkpoint.revision}"
+    return str((checkpoint.folder or checkpoint.files[0]).resolve())
+
+
 def _make_record(
     plan: Plan, output: Path, records: Sequence[TensorRecord], backend: Backend, resumed: int, seconds: float
 ) -> RunRecord:
@@ -245,6 +253,7 @@ def _make_record(
         {
             "name": name,
             "path": checkpoint.name,
+            "place": _place(checkpoint),
             "revision": checkpoint.revision,
             "files": [{"name": file.name, "bytes": file.stat().st_size} for file in checkpoint.files],
         }

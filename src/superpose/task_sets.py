@@ -8,7 +8,9 @@ fine-tune, so that nothing is lost by storing it in the model's dtype.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import Tensor
 from superpose.checkpoints.folder import Checkpoint, formats, open_checkpoint, read_json
 from superpose.checkpoints.headers import TORCH_DTYPES, TensorHeader
 from superpose.checkpoints.sidecars import copy_sidecars
-from superpose.checkpoints.writer import StreamWriter, lay_out
+from superpose.checkpoints.writer import StreamWriter, as_bytes, lay_out
 from superpose.errors import SuperposeError, nearest, raise_all
 from superpose.maths.bits import packed_bytes, unpack
 from superpose.methods.emr import mask_name, task_vector_of
@@ -30,6 +32,7 @@ from superpose.records import RECORD_FILE, RunRecord, TensorRecord
 
 TASKS_FILE = "tasks/tasks.json"
 INDEX_FILE = "model.safetensors.index.json"
+MAKE_AGAIN = "give the output of superpose merge --method emr, or make it again"
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class TaskSet:
         masks: packed, under the names of `superpose.methods.emr.mask_name`.
         scales: one per task.
         names: of the tasks.
+        tied: names of tensors that are the same memory as another, to that one's name.
     """
 
     merged: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
     scales: tuple[float, ...]
     names: tuple[str, ...]
+    tied: Mapping[str, str]
 
     def model(self, name: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of one task's model.
@@ -67,7 +72,7 @@ class TaskSet:
             packed = self.masks.get(mask_name(key, task))
             mask = None if packed is None else unpack(packed, merged.numel()).reshape(merged.shape)
             rebuilt[key] = rebuild_piece(base[key], merged, mask, self.scales[task])
-        return rebuilt
+        return {key: rebuilt[self.tied.get(key, key)] for key in base}
 
 
 def rebuild_piece(base: Tensor, merged: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -95,10 +100,12 @@ def write_tasks(folder: Path, record: RunRecord, names: Sequence[str]) -> None:
         record: of the merge.
         names: of the tasks.
     """
-    scales = next((tensor.stats["scales"] for tensor in record.tensors if tensor.beside), None)
-    if scales is None:
+    emr = [tensor for tensor in record.tensors if tensor.beside]
+    if not emr:
         return
-    content = {"tasks": [{"name": name, "scale": scale} for name, scale in zip(names, scales, strict=True)]}
+    scales = next((tensor.stats["scales"] for tensor in emr if tensor.stats), [1.0] * len(names))
+    tasks = [{"name": name, "scale": scale} for name, scale in zip(names, scales, strict=True)]
+    content = {"tasks": tasks}
     (folder / TASKS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -121,18 +128,20 @@ def rebuild(
         SuperposeError: it is no set, has no such task, the base is another one, or the output exists.
     """
     folder = Path(location).expanduser()
-    names, scales = _read_tasks(folder)
+    record = _read_record(folder)
+    names, scales = _read_tasks(folder, len(record.sources) - 1)
     number = find_task(names, task, str(folder))
-    record = RunRecord.load(folder)
     merged = open_checkpoint(str(folder))
-    original = open_checkpoint(base or str(record.sources[0]["path"]), where="the set's base")
+    original = _open_base(base or str(record.sources[0]["place"]))
     raise_all([*merged.problems, *original.problems])
     masks = formats()[".safetensors"].headers(folder / MASKS_FILE)
     raise_all(masks.problems)
-    raise_all(_other_base(original, record) or _misfits(original, merged, masks.tensors, number))
+    raise_all(_other_base(original, record) or _misfits(original, merged, masks.tensors, number, record))
     raise_all(check_output(original, (merged,), output, overwrite=overwrite))
     headers = [original.tensors[name] for name in sorted(merged.tensors)]
     layout = lay_out([(header.name, header.dtype, header.shape) for header in headers], 5 * 10**9)
+    known = {tensor.name: tensor.sha256 for tensor in record.tensors}
+    known |= {mask: sha256 for tensor in record.tensors for mask, sha256 in tensor.beside.items()}
     partial = output.with_name(output.name + ".partial")
     with locked(partial):
         settle_replaced(output)
@@ -141,7 +150,7 @@ def rebuild(
         with contextlib.closing(StreamWriter(partial, layout)) as writer:
             for header in headers:
                 packed = masks.tensors.get(mask_name(header.name, number))
-                _rebuild_tensor(header, merged.tensors[header.name], packed, scales[number], writer)
+                _rebuild_tensor(header, merged.tensors[header.name], packed, scales[number], writer, known)
             writer.sync()
             digests = {header.name: writer.digest(header.name) for header in headers}
         _write_sidecars(partial, original, layout.index(), _record(record, folder, task, output, headers, digests))
@@ -150,14 +159,16 @@ def rebuild(
 
 
 def _rebuild_tensor(
-    base: TensorHeader, merged: TensorHeader, packed: TensorHeader | None, scale: float, writer: StreamWriter
+    base: TensorHeader,
+    merged: TensorHeader,
+    packed: TensorHeader | None,
+    scale: float,
+    writer: StreamWriter,
+    known: Mapping[str, str],
 ) -> None:
-    readers = {
-        header.file: formats()[header.file.suffix].open(header.file) for header in (base, merged, packed) if header
-    }
-    first = readers[base.file].read(base.name).reshape(-1)
-    second = readers[merged.file].read(merged.name).reshape(-1)
-    bits = readers[packed.file].read(packed.name) if packed else None
+    first = _read(base)
+    second = _read_sound(merged, known)
+    bits = _read_sound(packed, known) if packed else None
     for start in range(0, base.numel, CHUNK):  # a multiple of 8: pieces begin with a byte of the mask
         stop = min(start + CHUNK, base.numel)
         mask = None if bits is None else unpack(bits[start // 8 : packed_bytes(stop)], stop - start)
@@ -165,15 +176,55 @@ def _rebuild_tensor(
         writer.write(base.name, start * piece.itemsize, piece)
 
 
-def _read_tasks(folder: Path) -> tuple[list[str], list[float]]:
-    mend = "give the output of superpose merge --method emr"
-    if not (folder / TASKS_FILE).is_file() or not (folder / RECORD_FILE).is_file():
-        raise SuperposeError(f"no set of task models: {TASKS_FILE} is missing", where=str(folder), mend=mend)
+def _read(header: TensorHeader) -> Tensor:
+    return formats()[header.file.suffix].open(header.file).read(header.name).reshape(-1)
+
+
+def _read_sound(header: TensorHeader, known: Mapping[str, str]) -> Tensor:
+    """Return a flattened tensor whose bytes are those that the record tells of."""
+    tensor = _read(header)
+    if hashlib.sha256(as_bytes(tensor)).hexdigest() != known.get(header.name):
+        where = f"{header.file}, tensor {header.name}"
+        raise SuperposeError("its bytes are not those of the record: it is damaged", where=where, mend=MAKE_AGAIN)
+    return tensor
+
+
+def _read_record(folder: Path) -> RunRecord:
+    if not (folder / TASKS_FILE).is_file() or not (folder / MASKS_FILE).is_file():
+        missing = MASKS_FILE if (folder / TASKS_FILE).is_file() else TASKS_FILE
+        raise SuperposeError(f"no set of task models: {missing} is missing", where=str(folder), mend=MAKE_AGAIN)
+    try:
+        record = RunRecord.load(folder)
+        _ = record.sources[0]["files"], record.sources[0]["place"], [tensor.beside for tensor in record.tensors]
+        return record
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        what = f"the record cannot be read: {error}"
+        raise SuperposeError(what, where=str(folder / RECORD_FILE), mend=MAKE_AGAIN) from error
+
+
+def _read_tasks(folder: Path, count: int) -> tuple[list[str], list[float]]:
+    """Return names and scales of the tasks."""
     content = read_json(folder / TASKS_FILE)
     try:
-        return [str(task["name"]) for task in content["tasks"]], [float(task["scale"]) for task in content["tasks"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise SuperposeError("the tasks have no names and scales", where=str(folder / TASKS_FILE), mend=mend) from error
+        names, scales = [], []
+        for task in content["tasks"]:
+            names.append(task["name"])
+            scales.append(float(task["scale"]))
+        sound = all(isinstance(name, str) for name in names) and len(set(names)) == len(names) == count
+        if not sound or not all(math.isfinite(scale) and scale >= 0 for scale in scales):
+            raise ValueError(f"{count} distinct names with a finite scale each are needed")
+        return names, scales
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        what = f"the tasks have no sound names and scales: {error}"
+        raise SuperposeError(what, where=str(folder / TASKS_FILE), mend=MAKE_AGAIN) from error
+
+
+def _open_base(place: str) -> Checkpoint:
+    try:
+        return open_checkpoint(place, where="the set's base")
+    except SuperposeError as error:
+        mend = "name the base that the set was made from with --base"
+        raise SuperposeError(error.what, where=error.where, mend=mend) from error
 
 
 def _other_base(base: Checkpoint, record: RunRecord) -> list[SuperposeError]:
@@ -186,9 +237,14 @@ def _other_base(base: Checkpoint, record: RunRecord) -> list[SuperposeError]:
 
 
 def _misfits(
-    base: Checkpoint, merged: Checkpoint, masks: Mapping[str, TensorHeader], task: int
+    base: Checkpoint, merged: Checkpoint, masks: Mapping[str, TensorHeader], task: int, record: RunRecord
 ) -> list[SuperposeError]:
     """Return what shows that the base is not the one that the set was made from, or that masks are damaged."""
+    promised = {mask for tensor in record.tensors for mask in tensor.beside}
+    missing = sorted(promised - set(masks))
+    if missing:
+        what = f"{len(missing)} masks are missing"
+        return [SuperposeError(what, where=f"{MASKS_FILE}, tensor {missing[0]}", mend=MAKE_AGAIN)]
     problems = []
     mend = "name the base that the set was made from with --base"
     for name, header in sorted(merged.tensors.items()):
@@ -199,7 +255,7 @@ def _misfits(
         mask = masks.get(mask_name(name, task))
         if mask is not None and (mask.dtype, mask.shape) != ("U8", (packed_bytes(header.numel),)):
             what = f"the mask of task {task} has {mask.nbytes} bytes, the tensor needs {packed_bytes(header.numel)}"
-            problems.append(SuperposeError(what, where=f"{mask.file}, tensor {name}", mend="make the set again"))
+            problems.append(SuperposeError(what, where=f"{mask.file}, tensor {name}", mend=MAKE_AGAIN))
     return problems
 
 

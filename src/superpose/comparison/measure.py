@@ -63,19 +63,15 @@ class Spectra:
     Args:
         size: min(out, in).
         effective_ranks: of each task's matrix; 0 for a zero matrix.
-        left: overlap of the leading left directions, by pair (first, second); chance is `left_chance`.
+        left: overlap of the leading left directions by pair (first, second), and what random ones would have.
         right: the same for right directions.
-        left_chance: the overlap to be expected of random directions.
-        right_chance: the same for right directions.
         condition: of STF's system over the strongest features of each task; the full system's is at least this.
     """
 
     size: int
     effective_ranks: tuple[float, ...]
-    left: dict[tuple[int, int], float]
-    right: dict[tuple[int, int], float]
-    left_chance: float
-    right_chance: float
+    left: dict[tuple[int, int], tuple[float, float]]
+    right: dict[tuple[int, int], tuple[float, float]]
     condition: float
 
 
@@ -158,10 +154,11 @@ def _spectra(matrices: Float[Tensor, "tasks out in_"]) -> Spectra:
     for first in range(len(tasks)):
         for second in range(first + 1, len(tasks)):
             pair = tasks[first].take(0, leading), tasks[second].take(0, leading)
-            left[first, second] = subspace_overlap(pair[0].u, pair[1].u)
-            right[first, second] = subspace_overlap(pair[0].vh.T, pair[1].vh.T)
+            most = max(pair[0].count, pair[1].count)
+            left[first, second] = subspace_overlap(pair[0].u, pair[1].u), most / out
+            right[first, second] = subspace_overlap(pair[0].vh.T, pair[1].vh.T), most / in_
     ranks = tuple(effective_rank(task.s) for task in tasks)
-    return Spectra(min(out, in_), ranks, left, right, leading / out, leading / in_, _condition(tasks))
+    return Spectra(min(out, in_), ranks, left, right, _condition(tasks))
 
 
 def _condition(tasks: Sequence[Features]) -> float:

@@ -155,8 +155,8 @@ def _pair(first: int, second: int, sums: Sums, spectra: Sequence[Spectra], names
         names[second],
         float(sums.products[first, second]) / norms if norms else 0.0,
         float(sums.opposed[first, second]) / shared if shared else 0.0,
-        fmean(found.left[key] for found in spectra) if spectra else None,
-        fmean(found.right[key] for found in spectra) if spectra else None,
-        fmean(found.left_chance for found in spectra) if spectra else None,
-        fmean(found.right_chance for found in spectra) if spectra else None,
+        fmean(found.left[key][0] for found in spectra) if spectra else None,
+        fmean(found.right[key][0] for found in spectra) if spectra else None,
+        fmean(found.left[key][1] for found in spectra) if spectra else None,
+        fmean(found.right[key][1] for found in spectra) if spectra else None,
     )

@@ -28,7 +28,7 @@ def suggestions(comparison: Comparison) -> tuple[str, ...]:
 
 
 def _about_tasks(whole: Group) -> list[str]:
-    found = [f"{task.name} is the base: leave it out" for task in whole.tasks if task.norm == 0]
+    found = [f"{task.name} is the base: leave it out" for task in whole.tasks if task.norm == 0 and whole.entries]
     moved = sorted((task for task in whole.tasks if task.norm > 0), key=lambda task: task.norm)
     if len(moved) > 1 and moved[-1].norm > UNEVEN * moved[0].norm:
         ratio = moved[-1].norm / moved[0].norm
@@ -47,8 +47,9 @@ def _about_pairs(whole: Group) -> list[str]:
     if not pairs:
         return []
     found = [f"{p.first} and {p.second} are nearly the same model: keep one" for p in pairs if p.cosine > SAME]
-    closest, furthest = max(pairs, key=lambda p: p.cosine), min(pairs, key=lambda p: p.cosine)
-    if SAME >= closest.cosine > ALIKE:
+    furthest = min(pairs, key=lambda p: p.cosine)
+    closest = max((pair for pair in pairs if pair.cosine <= SAME), key=lambda p: p.cosine, default=None)
+    if closest is not None and closest.cosine > ALIKE:
         found.append(
             f"{closest.first} and {closest.second} go the same way (cosine {closest.cosine:.2f}), like runs of one"
             " task: average or model_stock"
@@ -56,7 +57,7 @@ def _about_pairs(whole: Group) -> list[str]:
     if furthest.cosine < OPPOSED:
         found.append(
             f"{furthest.first} and {furthest.second} work against each other (cosine {furthest.cosine:.2f}):"
-            " expect a compromise from any method; emr keeps both apart"
+            " expect a compromise from any method"
         )
     if max(abs(pair.cosine) for pair in pairs) < NEARLY_ORTHOGONAL:
         found.append(
@@ -68,8 +69,9 @@ def _about_pairs(whole: Group) -> list[str]:
 
 def _about_precision(whole: Group) -> list[str]:
     found = []
-    worst = max(whole.tasks, key=lambda task: task.lost_in_bfloat16)
-    if worst.lost_in_bfloat16 > MUCH_LOST and worst.norm > 0:
+    moved = [task for task in whole.tasks if task.norm > 0]
+    worst = max(moved, key=lambda task: task.lost_in_bfloat16, default=None)
+    if worst is not None and worst.lost_in_bfloat16 > MUCH_LOST:
         found.append(
             f"{worst.lost_in_bfloat16:.0%} of {worst.name}'s entries are the base's in bfloat16: merge float32"
             " checkpoints if there are any, and write --dtype float32"
@@ -88,23 +90,23 @@ def _about_spectra(comparison: Comparison) -> list[str]:
     ranks = [task.effective_rank for task in whole.tasks if task.effective_rank is not None and task.norm > 0]
     if ranks and max(ranks) < LOW_RANK:
         found.append(f"the updates are of low rank (at most {max(ranks):.0%} of full): knots, or stf with density 1")
-    shared = [
-        (side, pair)
+    overlaps = [
+        (overlap / chance, side, pair, overlap, chance)
         for pair in whole.pairs
         for side, overlap, chance in (
             ("left", pair.left_overlap, pair.left_chance),
             ("right", pair.right_overlap, pair.right_chance),
         )
-        if overlap is not None and chance is not None and overlap > SHARED * chance
+        if overlap is not None and chance
     ]
-    if shared:
-        side, pair = max(shared, key=lambda entry: getattr(entry[1], f"{entry[0]}_overlap"))
+    times, side, pair, overlap, chance = max(overlaps, key=lambda entry: entry[0], default=(0.0, "", None, 0.0, 0.0))
+    if times > SHARED and pair is not None:
         found.append(
             f"{pair.first} and {pair.second} share leading {side} directions"
-            f" ({getattr(pair, f'{side}_overlap'):.2f}, chance {getattr(pair, f'{side}_chance'):.2f}): stf, which keeps"
-            " each task's strength along them, will differ from a sum"
+            f" ({overlap:.2f}, chance {chance:.2f}): stf, which keeps each task's strength along them, will differ"
+            " from a sum"
         )
-    elif ranks and len(ranks) > 1:
+    elif len(ranks) > 1 and all(abs(pair.cosine) < NEARLY_ORTHOGONAL for pair in whole.pairs):
         found.append("leading directions are hardly shared: stf will be close to trimmed_task_arithmetic")
     worst = whole.worst_condition
     if worst is not None and worst > NEARLY_PARALLEL:

@@ -14,7 +14,8 @@ Aggregate = Literal["mean", "sum", "max"]
 
 def elect_signs(task_vectors: Float[Tensor, "tasks *shape"], tie_sign: float = 0.0) -> Float[Tensor, "*shape"]:
     """Return the sign of the tasks' sum, entry by entry; where the sum is zero, `tie_sign`."""
-    signs = torch.sign(task_vectors.sum(dim=0))
+    # In float64 the order of the tasks does not decide what cancels.
+    signs = torch.sign(task_vectors.sum(dim=0, dtype=torch.float64)).to(task_vectors.dtype)
     if tie_sign == 0.0:
         return signs
     return torch.where(signs == 0, torch.full_like(signs, tie_sign), signs)

@@ -14,7 +14,7 @@ from superpose.backends import make_backend
 from superpose.checkpoints.architecture import Architecture, read_architecture
 from superpose.checkpoints.compare import align
 from superpose.checkpoints.folder import Checkpoint, open_checkpoint
-from superpose.checkpoints.headers import DTYPE_NAMES, TensorHeader, TensorInMemory
+from superpose.checkpoints.headers import DTYPE_NAMES, TORCH_DTYPES, TensorHeader, TensorInMemory
 from superpose.checkpoints.names import kind_of
 from superpose.checkpoints.writer import Layout, lay_out, lay_out_beside
 from superpose.errors import SuperposeError, nearest, raise_all
@@ -230,12 +230,23 @@ def _open_all(recipe: Recipe, problems: list[SuperposeError]) -> tuple[Checkpoin
     return opened[0], [checkpoint for checkpoint in opened[1:] if checkpoint is not None]
 
 
+def _widest(item: WorkItem) -> str:
+    """Return the widest dtype among the output's and the sources'."""
+    dtypes = [item.dtype, *(source.dtype for source in item.tuned if source)]
+    return max(dtypes, key=lambda name: torch.finfo(TORCH_DTYPES[name]).bits)
+
+
 def _notes(items: Sequence[WorkItem], base: Checkpoint, settings: Settings) -> list[str]:
     notes = []
     large = [item for item in items if item.memory > settings.memory]
     if large:
         most = max(item.memory for item in large) / 2**30
         notes.append(f"{len(large)} tensors need more than --memory each, up to {most:.1f} GiB: they are merged alone")
+    narrower = [item for item in items if item.beside and item.dtype != _widest(item)]
+    if narrower:
+        notes.append(
+            f"the set is stored in {narrower[0].dtype}, narrower than the models: rebuilt models lose what that rounds"
+        )
     if base.aliases:
         notes.append(f"tied weights are written once, without {', '.join(sorted(base.aliases))}")
     if any(item.method == "average" and item.kind is Kind.BUFFER for item in items):

@@ -43,6 +43,12 @@ def model_card(record: RunRecord, config: Mapping[str, Any]) -> str:
         "## What was done\n\n| kind | method | tensors |\n|---|---|---|\n" + "\n".join(rows),
         "## Recipe\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False).strip() + "\n```",
     ]
+    if any(tensor.beside for tensor in record.tensors):
+        names = ", ".join(f"`{source['name']}`" for source in record.sources[1:])
+        sections.append(
+            f"## Models of single tasks\n\n`superpose rebuild . --task NAME -o OUT` makes the model of a task from"
+            f" `tasks/`: {names}."
+        )
     if record.warnings:
         shown = [f"- {warning}" for warning in record.warnings[:MOST_WARNINGS]]
         if len(record.warnings) > MOST_WARNINGS:
