@@ -370,7 +370,14 @@ def test_nearly_parallel_features_that_disagree_have_a_large_answer(cosine, norm
         exact = ((9 + 1 - 2 * 3 * cosine) / (1 - cosine**2)) ** 0.5
         assert float(merged.tensor.norm()) == pytest.approx(exact, rel=1e-10)
         assert merged.stats["condition"] == pytest.approx((1 + cosine) / (1 - cosine), rel=1e-8)
-        assert merged.cautions == ()
+        assert merged.stats["growth"] == pytest.approx(exact / (3 + 1), rel=1e-10)
+        (caution,) = merged.cautions  # larger than the sum of both tasks can be
+        assert caution.tasks == (0, 1)
+        assert "ridge" in caution.text
+
+
+def test_answer_no_larger_than_the_tasks_together_is_not_warned_of():
+    assert merge(at_cosine(0.5)).cautions == ()
 
 
 def test_condition_beyond_ten_thousand_is_told():

@@ -17,8 +17,8 @@ DARE_LIMIT = 0.005
 LOW_RANK = 0.1
 SHARED = 3.0
 """Times the chance level from which leading directions count as shared."""
-NEARLY_PARALLEL = 1e4
-"""Condition number from which a ridge is suggested."""
+NEARLY_PARALLEL = 100.0
+"""Condition number from which a ridge is suggested: features that disagree are answered ten times over from there."""
 
 
 def suggestions(comparison: Comparison) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -208,7 +208,7 @@ def _merge_matrices(matrices: Float[Tensor, "tasks out in_"], options: StfOption
         stats = {"features": task.count, "rank": task.count, "residual": 0.0, "condition": 1.0}
         return Merged(matrix.reshape(shape), stats)
     found = superpose_features(tasks, ridge=options.ridge, solver=options.solver)
-    stats = {
+    stats: dict[str, Any] = {
         "features": found.features,
         "rank": found.solution.rank,
         "residual": found.solution.residual,
@@ -216,7 +216,9 @@ def _merge_matrices(matrices: Float[Tensor, "tasks out in_"], options: StfOption
         "worst": found.worst,
         "solver": found.solution.solver,
     }
-    return Merged(found.matrix.reshape(shape), stats, _cautions(found, present))
+    together = sum(float(task.s.norm()) for task in tasks)
+    stats["growth"] = float(found.matrix.norm()) / together
+    return Merged(found.matrix.reshape(shape), stats, _cautions(found, present, stats["growth"]))
 
 
 def _features(matrix: Float[Tensor, "out in_"], options: StfOptions) -> Features:
@@ -242,7 +244,7 @@ def feature_gram(tasks: Sequence[Features]) -> Float[Tensor, "features features"
     return gram
 
 
-def _cautions(found: Superposition, present: Sequence[int]) -> tuple[Caution, ...]:
+def _cautions(found: Superposition, present: Sequence[int], growth: float) -> tuple[Caution, ...]:
     if found.conflicting:
         return (
             Caution(
@@ -251,11 +253,12 @@ def _cautions(found: Superposition, present: Sequence[int]) -> tuple[Caution, ..
                 found.conflicting,
             ),
         )
-    if found.solution.condition > NEARLY_PARALLEL:
+    if growth > 1 or found.solution.condition > NEARLY_PARALLEL:
         return (
             Caution(
-                f"features of the tasks are nearly parallel (condition {found.solution.condition:.2g}):"
-                " the merge may be large along them; a ridge of 0.001 to 0.1 bounds it",
+                f"features of the tasks are nearly parallel (condition {found.solution.condition:.2g}): the merged"
+                f" matrix is {growth:.2g} times as large as all task matrices together; a ridge of 0.001 to 0.1 bounds"
+                " it",
                 tuple(present),
             ),
         )
