@@ -238,18 +238,27 @@ def test_json_holds_what_the_function_returns_whatever_the_backend(folders, foun
 
 def test_tables_show_the_numbers(folders, found):
     text = run(*folders)
-    for task in found.whole.tasks:
-        (row,) = [line for line in text.splitlines() if line.startswith(f"{task.name} ")]
-        assert row.split() == [
-            task.name, f"{task.norm:.3g}", f"{task.lost_in_bfloat16:.1%}", f"{task.largest:.3g}",
-            f"{task.effective_rank:.1%}",
+    for number, task in enumerate(found.whole.tasks, 1):
+        (row,) = [line for line in text.splitlines() if line.startswith(f"{number} {task.name} ")]
+        assert row.split()[2:] == [
+            f"{task.norm:.3g}", f"{task.unchanged:.0%}", f"{task.lost_in_bfloat16:.0%}", f"{task.largest:.3g}",
+            f"{task.effective_rank:.0%}",
         ]  # fmt: skip
+    labels = {task.name: number for number, task in enumerate(found.whole.tasks, 1)}
     for pair in found.whole.pairs:
-        (row,) = [line for line in text.splitlines() if line.startswith(f"{pair.first}, {pair.second} ")]
+        label = f"{labels[pair.first]}, {labels[pair.second]} "
+        (row,) = [line for line in text.splitlines() if line.startswith(label)]
         assert f"{pair.cosine:.3f}" in row
         assert f"{pair.left_overlap:.3f} ({pair.left_chance:.3f})" in row
     assert all(any(line.startswith(group.name) for line in text.splitlines()) for group in found.groups)
     assert all(f"- {suggestion}" in text for suggestion in found.suggestions)
+
+
+def test_of_many_pairs_the_extremes_are_shown(tmp_path):
+    folders = make_family(tmp_path, tasks=6, layers=1)
+    text = run(*folders, "--quick", "-q")
+    assert "the 5 closest and the 5 furthest of 15" in text
+    assert max(map(len, text.partition("Suggestions")[0].splitlines())) < 100
 
 
 def test_quick_leaves_spectra_out_and_nothing_else(folders, found):
@@ -310,6 +319,9 @@ FAR_BELOW = {"layers.0.q_proj.weight": 1 + 0.002 * A["layers.0.q_proj.weight"]}
 WIDE = torch.diag(torch.tensor([10.0] * 4 + [0.0] * 28))
 NARROW = torch.zeros(32, 32)
 NARROW[0, 0] = 10
+# Nothing in common: one task in the upper rows, the other in the lower ones.
+UPPER, LOWER = [A["layers.0.q_proj.weight"] * (torch.arange(32)[:, None] // 16 == half) for half in (0, 1)]
+HALF = {"layers.0.q_proj.weight": BASE_AT_ONE["layers.0.q_proj.weight"] + UPPER * (UPPER > 1)}
 SUGGESTED = {
     "the base: leave it out": [(ZERO, A, ZERO)],
     "times as far as": [(ZERO, A, moved((4, "b")))],
@@ -318,11 +330,12 @@ SUGGESTED = {
     "go the same way": [(ZERO, A, moved((1, "a"), (1, "b")))],
     "work against each other": [(ZERO, A, moved((-1, "a"))), (ZERO, A, moved((-0.5, "a"), (1, "b")))],
     "nearly orthogonal": [(ZERO, A, B)],
-    "the base's in bfloat16": [(BASE_AT_ONE, FAR_BELOW), (BASE_AT_ONE, FAR_BELOW, BASE_AT_ONE)],
+    "changes away": [(BASE_AT_ONE, FAR_BELOW), (BASE_AT_ONE, FAR_BELOW, BASE_AT_ONE)],
+    "entries are the base's": [(BASE_AT_ONE, HALF), (BASE_AT_ONE, HALF, BASE_AT_ONE)],
     "dare and dare_ties": [(ZERO, moved((0.01, "a")))],
     "of low rank": [(ZERO, moved((1, NARROW)), moved((2, NARROW)))],
     "share leading": [(ZERO, moved((0.1, "a"), (1, WIDE)), moved((0.1, "b"), (1, WIDE)))],
-    "hardly shared": [(ZERO, A, B)],
+    "hardly shared": [(ZERO, moved((1, UPPER)), moved((1, LOWER)))],
     "badly conditioned": [(ZERO, A, A)],
 }
 NOT_SUGGESTED = {
@@ -333,12 +346,19 @@ NOT_SUGGESTED = {
     "go the same way": [(ZERO, A, B), (ZERO, A, A), (ZERO, A, moved((-1, "a")))],
     "work against each other": [(ZERO, A, B), (ZERO, A, A), (ZERO, A, ZERO)],
     "nearly orthogonal": [(ZERO, A, moved((1, "a"), (1, "b"))), (ZERO, A, moved((-1, "a"))), (ZERO, A, ZERO)],
-    "the base's in bfloat16": [(ZERO, A, B), (ZERO, A, ZERO)],
+    "changes away": [(ZERO, A, B), (ZERO, A, ZERO), (BASE_AT_ONE, HALF)],
+    "entries are the base's": [(ZERO, A, B), (ZERO, A, ZERO), (BASE_AT_ONE, FAR_BELOW)],
     "dare and dare_ties": [(ZERO, moved((0.001, "a")))],
     "of low rank": [(ZERO, A, B), (ZERO, A, moved((1, NARROW))), (ZERO, ZERO, ZERO)],
     "share leading": [(ZERO, A, B), (ZERO, A, ZERO), (ZERO, A)],
     # The third pair shares its strongest direction, cosine 0.9: a sum doubles it, STF does not.
-    "hardly shared": [(ZERO, A, A), (ZERO, A), (ZERO, moved((0.1, "a"), (1, NARROW)), moved((0.1, "b"), (1, NARROW)))],
+    # Two full square matrices share more than nothing: STF and a sum differ by a tenth and more.
+    "hardly shared": [
+        (ZERO, A, B),
+        (ZERO, A, A),
+        (ZERO, A),
+        (ZERO, moved((0.1, "a"), (1, NARROW)), moved((0.1, "b"), (1, NARROW))),
+    ],
     "badly conditioned": [(ZERO, A), (ZERO, A, ZERO), (ZERO, moved((1, "a")), B)],
 }
 

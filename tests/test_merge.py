@@ -359,3 +359,14 @@ def test_tensors_without_entries_come_out_as_they_are(method, shape):
     base = {"a.weight": torch.zeros(shape), "b.weight": torch.ones(3, 3)}
     merged = library.merge_tensors(base, [base, base], method)
     assert merged["a.weight"].shape == shape
+
+
+@pytest.mark.parametrize("method", ["slerp", "average"])
+def test_nan_in_the_base_is_refused_by_methods_on_weights_too(tmp_path, method):
+    folders = make_family(tmp_path, tasks=1)
+    tensors = load(folders[0])
+    tensors["norm.weight"][2] = float("nan")
+    save_file(tensors, folders[0] / "model.safetensors")
+    with pytest.raises(SuperposeError, match="1 entries are NaN or infinite") as caught:
+        library.merge(recipe(folders, method=method), tmp_path / "out")
+    assert str(folders[0] / "model.safetensors") in caught.value.where

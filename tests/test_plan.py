@@ -219,3 +219,43 @@ def test_rules_that_cannot_be_meant_are_refused_or_noted(tmp_path):
         library.plan(recipe(folders, rules=[{"match": "norm*", "kind": "linear"}]))
     plan = library.plan(recipe(folders, rules=[{"match": "lm_haed*", "keep": "base"}]))
     assert any("lm_haed" in note and "matches no tensor" in note for note in plan.notes)
+
+
+def test_survey_passes_are_told_with_their_bytes(tmp_path):
+    folders = make_family(tmp_path)
+    models = {"base": str(folders[0]), "models": [str(folder) for folder in folders[1:]]}
+    once = library.plan({**models, "method": "average"})
+    assert once.bytes_surveyed == 0
+    for method, passes in (("ties", 2), ("metagpt", 1), ("pcb", 6)):
+        assert library.plan({**models, "method": method}).bytes_surveyed == passes * once.bytes_read
+    assert "more in survey passes" in superpose("plan", *folders, "--method", "ties").stdout
+
+
+def test_numbers_of_models_that_a_method_cannot_merge_are_refused(tmp_path):
+    folders = [str(folder) for folder in make_family(tmp_path)]
+    with pytest.raises(SuperposeError, match="slerp merges 1 to 2 fine-tunes, and these are 3"):
+        library.plan({"base": folders[0], "models": folders[1:], "method": "slerp"})
+    with pytest.raises(SuperposeError, match="model_stock merges at least 2 fine-tunes, and these are 1"):
+        library.plan({"base": folders[0], "models": folders[1:2], "method": "model_stock"})
+
+
+def test_contradictory_options_and_weights_that_cancel_are_refused(tmp_path):
+    folders = [str(folder) for folder in make_family(tmp_path)]
+    recipe = {"base": folders[0], "models": folders[1:]}
+    with pytest.raises(SuperposeError, match=r"density 1 with epsilon 0\.07"):
+        library.plan({**recipe, "method": "della", "options": {"density": 1}})
+    cancelling = [{"path": path, "weight": w} for path, w in zip(folders[1:], (0.1, 0.2, -0.3), strict=True)]
+    with pytest.raises(SuperposeError, match="add up to zero"):
+        library.plan({"base": folders[0], "models": cancelling, "method": "average"})
+    idle = [{"path": path, "weight": 0} for path in folders[1:]]
+    with pytest.raises(SuperposeError, match="all weights are zero"):
+        library.plan({"base": folders[0], "models": idle, "method": "pem"})
+
+
+def test_notes_tell_what_options_will_do(tmp_path):
+    folders = [str(folder) for folder in make_family(tmp_path)]
+    recipe = {"base": folders[0], "models": folders[1:]}
+    asked = library.plan({**recipe, "method": "consensus", "options": {"agreement": 5}}).notes
+    assert any("all have to agree" in note for note in asked)
+    dropped = library.plan({**recipe, "method": "breadcrumbs", "options": {"density": 1}}).notes
+    assert any("remove_top" in note for note in dropped)

@@ -362,3 +362,10 @@ def test_the_output_never_lies_in_or_replaces_the_set_or_the_base(tmp_path, made
             refused("rebuild", folder, "--task", "ft1", "-o", out, *more)
     assert (set_bytes(folder), weights(base)) == before
     assert {path.name for path in folder.iterdir()} == {"README.md", "model.safetensors", "run.json", "tasks"}
+
+
+def test_another_model_of_the_same_shape_is_no_base(tmp_path, made):
+    said = refused("rebuild", made[1], "--task", "ft1", "-o", tmp_path / "out", "--base", tmp_path / "ft2")
+    assert "--base" in said
+    assert str(tmp_path / "ft2" / "model.safetensors") in said
+    assert not (tmp_path / "out").exists()

@@ -193,7 +193,9 @@ def merge_to_set(
     outputs, records = merge_in_memory(items, context)
     merged = {item.name: outputs[item.name] for item in items}
     masks = {name: tensor for name, tensor in outputs.items() if name not in merged}
-    scales = next((record.stats["scales"] for record in records.values() if record.stats), [1.0] * len(tuned))
+    scales = next(
+        (record.stats["scales"] for record in records.values() if "scales" in record.stats), [1.0] * len(tuned)
+    )
     return TaskSet(merged, masks, tuple(scales), context.task_names, shared_memory(base))
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, reduce
-from operator import add
+from operator import iadd
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from superpose.checkpoints.folder import formats
 from superpose.checkpoints.headers import TORCH_DTYPES, Reader, TensorHeader, TensorInMemory
+from superpose.checkpoints.writer import as_bytes
 from superpose.errors import SuperposeError
 from superpose.kinds import MATRIX_KINDS, Kind
 from superpose.maths.measures import feature_preservation
@@ -94,7 +95,7 @@ class Part:
             row.copy_(tensor.reshape(-1)[start:stop])
             if base is not None:
                 row -= base
-        if not _is_finite(stacked):
+        if not _is_finite(stacked) or (base is None and not _is_finite(self.base_piece(start, stop))):
             raise self._not_finite(start, stop)
         return stacked
 
@@ -206,10 +207,14 @@ def merge_item(item: WorkItem, surveys: Mapping[Any, Any], context: Context, wri
             if method.survey is not None:
                 state = surveys.get((item.method, item.options))
                 survey = method.survey.for_tensor(part.name, part.chunks(SURVEY_CHUNK), state, item.options)
-            if item.streams and not (context.measure and item.kind in MATRIX_KINDS):
-                outcomes.append(_merge_in_pieces(part, method, survey, sink))
-            else:
-                outcomes.append(_merge_whole(part, method, survey, sink))
+            in_pieces = item.streams and not (context.measure and item.kind in MATRIX_KINDS)
+            merge = _merge_in_pieces if in_pieces else _merge_whole
+            try:
+                outcomes.append(merge(part, method, survey, sink))
+            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+                what = f"{item.method} cannot decompose it: {str(error).partition(chr(10))[0]}"
+                mend = "look at the values with superpose compare, or give it another method by a rule"
+                raise SuperposeError(what, where=f"tensor {part.name}", mend=mend) from error
     sha256 = sink.finish()
     outcome = _together(outcomes)
     return TensorRecord(
@@ -235,7 +240,7 @@ def survey_item(item: WorkItem, step: int, state: Any, context: Context) -> Any:
     survey = find_method(item.method).survey
     assert survey is not None, f"method {item.method} has no survey"
     return reduce(
-        add,
+        iadd,
         (
             survey.measure(step, part.name, part.chunks(SURVEY_CHUNK), state, item.options)
             for part in parts_of(item, context)
@@ -260,7 +265,8 @@ class Outcome:
 def _merge_in_pieces(part: Part, method: Method, survey: Any, sink: _Sink) -> Outcome:
     """Merge a part entry by entry, a cacheful at a time."""
     warnings: tuple[str, ...] = ()
-    stats: Mapping[str, Any] = {}
+    stats: dict[str, Any] = {}
+    digest = hashlib.sha256()
     for start, stacked in part.chunks(CHUNK):
         stop = start + stacked.shape[1]
         within = survey.within(start, stop) if survey is not None else None
@@ -269,7 +275,11 @@ def _merge_in_pieces(part: Part, method: Method, survey: Any, sink: _Sink) -> Ou
         sink.add(merged.tensor if method.acts_on == "weights" else merged.tensor + base)
         sink.add_beside(merged.beside)
         warnings += _warnings(merged, part)
-        stats = merged.stats  # a method that takes pieces has numbers of the whole model, or none
+        stats = dict(merged.stats)  # a method that takes pieces has numbers of the whole model, or none
+        if method.beside is not None:
+            digest.update(as_bytes(part.base.reshape(-1)[start:stop]))
+    if method.beside is not None:
+        stats["base_sha256"] = digest.hexdigest()
     return Outcome(stats, warnings=tuple(dict.fromkeys(warnings)))
 
 
@@ -284,7 +294,10 @@ def _merge_whole(part: Part, method: Method, survey: Any, sink: _Sink) -> Outcom
         measures = _measure(part, method, stacked, base, survey)
     sink.add(merged.tensor if method.acts_on == "weights" else merged.tensor + base)
     sink.add_beside(merged.beside)
-    return Outcome(merged.stats, measures, _warnings(merged, part))
+    stats = dict(merged.stats)
+    if method.beside is not None:
+        stats["base_sha256"] = hashlib.sha256(as_bytes(part.base)).hexdigest()
+    return Outcome(stats, measures, _warnings(merged, part))
 
 
 def _call(
@@ -308,7 +321,9 @@ def _measure(part: Part, method: Method, stacked: Tensor, base: Tensor, survey: 
     if method.acts_on == "weights":
         merged, task_vectors = merged - base, stacked - base
     found = {"untrimmed": task_vectors.flatten(2)}
-    if isinstance(survey, Cuts):
+    if "generator" in method.wants:
+        pass  # cut after entries were drawn: the cuts are not those of the task vectors
+    elif isinstance(survey, Cuts):
         found["trimmed"] = apply_cuts(task_vectors, survey).flatten(2)
     elif isinstance(getattr(survey, "cuts", None), Cuts):
         found["trimmed"] = apply_cuts(task_vectors, survey.cuts).flatten(2)

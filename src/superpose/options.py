@@ -91,7 +91,8 @@ def build_options(
     for name, value in given.items():
         spec = specs.get(name.replace("-", "_"))
         if spec is None:
-            problems.append(SuperposeError(f"{owner} has no option '{name}'", where=where, mend=nearest(name, specs)))
+            mend = nearest(name, specs) if specs else f"leave it out: {owner} has no options"
+            problems.append(SuperposeError(f"{owner} has no option '{name}'", where=where, mend=mend))
             continue
         try:
             values[spec.name] = _convert(spec, value)

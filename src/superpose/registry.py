@@ -91,8 +91,10 @@ class Cost:
 class Survey(Protocol):
     """Numbers that need every tensor of the model, measured in read-only passes before the merge.
 
-    Each pass maps every tensor to a value; values are added with `+`, in plan order, so that rounding does not depend
-    on who computed what first. Memory stays constant in the size of the model.
+    Each pass maps every tensor to a value; values are added to the first with `+=`, in plan order, so that rounding
+    does not depend on who computed what first. A value waits for its turn: that of a small tensor has to be small.
+    Memory then stays constant in the size of the model. `chunks` is a tensor's stacked task vectors (or weights), read
+    in pieces as often as one iterates: `superpose.maths.streaming.TensorChunks`.
     """
 
     def passes(self, options: Any, dtype: Any) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from operator import iadd
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def _add_in_order(values, items: Sequence[WorkItem], numel: int, step: int, pass
         seen += items[index].numel
         while following in early:
             value = early.pop(following)
-            total = value if total is None else total + value
+            total = value if total is None else iadd(total, value)  # in place where values can: tables are large
             following += 1
         done = step * len(items) + following + len(early)
         report(Progress("survey", done, passes * len(items), step * numel + seen, passes * numel))

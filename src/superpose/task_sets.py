@@ -1,8 +1,8 @@
 """Sets of task models: a merged model with masks and scales beside it, and any task's model rebuilt from it.
 
 `superpose merge --method emr` writes OUT with `tasks/masks.safetensors` (a bit an entry and task) and
-`tasks/tasks.json` (names and scales). OUT's own weights are base + unified vector; an entry of it is an entry of some
-fine-tune, so that nothing is lost by storing it in the model's dtype.
+`tasks/tasks.json` (names and scales). OUT's own weights are base + unified vector. Where a sign was
+elected an entry of it is, up to float32's rounding, an entry of some fine-tune: the models' dtype loses nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from superpose.records import RECORD_FILE, RunRecord, TensorRecord
 TASKS_FILE = "tasks/tasks.json"
 INDEX_FILE = "model.safetensors.index.json"
 MAKE_AGAIN = "give the output of superpose merge --method emr, or make it again"
+OTHER_BASE = "name the base that the set was made from with --base"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def write_tasks(folder: Path, record: RunRecord, names: Sequence[str]) -> None:
     emr = [tensor for tensor in record.tensors if tensor.beside]
     if not emr:
         return
-    scales = next((tensor.stats["scales"] for tensor in emr if tensor.stats), [1.0] * len(names))
+    scales = next((tensor.stats["scales"] for tensor in emr if "scales" in tensor.stats), [1.0] * len(names))
     tasks = [{"name": name, "scale": scale} for name, scale in zip(names, scales, strict=True)]
     content = {"tasks": tasks}
     (folder / TASKS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -142,6 +143,7 @@ def rebuild(
     layout = lay_out([(header.name, header.dtype, header.shape) for header in headers], 5 * 10**9)
     known = {tensor.name: tensor.sha256 for tensor in record.tensors}
     known |= {mask: sha256 for tensor in record.tensors for mask, sha256 in tensor.beside.items()}
+    known |= {f"base {tensor.name}": tensor.stats.get("base_sha256", "") for tensor in record.tensors}
     partial = output.with_name(output.name + ".partial")
     with locked(partial):
         settle_replaced(output)
@@ -166,9 +168,9 @@ def _rebuild_tensor(
     writer: StreamWriter,
     known: Mapping[str, str],
 ) -> None:
-    first = _read(base)
-    second = _read_sound(merged, known)
-    bits = _read_sound(packed, known) if packed else None
+    first = _read(base) if packed is None else _read_sound(base, known[f"base {base.name}"], OTHER_BASE)
+    second = _read_sound(merged, known.get(merged.name), MAKE_AGAIN)
+    bits = _read_sound(packed, known.get(packed.name), MAKE_AGAIN) if packed else None
     for start in range(0, base.numel, CHUNK):  # a multiple of 8: pieces begin with a byte of the mask
         stop = min(start + CHUNK, base.numel)
         mask = None if bits is None else unpack(bits[start // 8 : packed_bytes(stop)], stop - start)
@@ -180,12 +182,12 @@ def _read(header: TensorHeader) -> Tensor:
     return formats()[header.file.suffix].open(header.file).read(header.name).reshape(-1)
 
 
-def _read_sound(header: TensorHeader, known: Mapping[str, str]) -> Tensor:
+def _read_sound(header: TensorHeader, sha256: str | None, mend: str) -> Tensor:
     """Return a flattened tensor whose bytes are those that the record tells of."""
     tensor = _read(header)
-    if hashlib.sha256(as_bytes(tensor)).hexdigest() != known.get(header.name):
+    if hashlib.sha256(as_bytes(tensor)).hexdigest() != sha256:
         where = f"{header.file}, tensor {header.name}"
-        raise SuperposeError("its bytes are not those of the record: it is damaged", where=where, mend=MAKE_AGAIN)
+        raise SuperposeError("its bytes are not those that the set's record tells of", where=where, mend=mend)
     return tensor
 
 
@@ -223,8 +225,7 @@ def _open_base(place: str) -> Checkpoint:
     try:
         return open_checkpoint(place, where="the set's base")
     except SuperposeError as error:
-        mend = "name the base that the set was made from with --base"
-        raise SuperposeError(error.what, where=error.where, mend=mend) from error
+        raise SuperposeError(error.what, where=error.where, mend=OTHER_BASE) from error
 
 
 def _other_base(base: Checkpoint, record: RunRecord) -> list[SuperposeError]:
@@ -232,8 +233,9 @@ def _other_base(base: Checkpoint, record: RunRecord) -> list[SuperposeError]:
     known = {(file["name"], file["bytes"]) for file in record.sources[0]["files"]}
     if known == {(file.name, file.stat().st_size) for file in base.files}:
         return []
-    mend = "name the base that the set was made from with --base"
-    return [SuperposeError("the base's files are not those that the set was made from", where=base.name, mend=mend)]
+    return [
+        SuperposeError("the base's files are not those that the set was made from", where=base.name, mend=OTHER_BASE)
+    ]
 
 
 def _misfits(
@@ -246,12 +248,11 @@ def _misfits(
         what = f"{len(missing)} masks are missing"
         return [SuperposeError(what, where=f"{MASKS_FILE}, tensor {missing[0]}", mend=MAKE_AGAIN)]
     problems = []
-    mend = "name the base that the set was made from with --base"
     for name, header in sorted(merged.tensors.items()):
         known = base.tensors.get(name)
         if known is None or known.shape != header.shape:
             what = "the base has no such tensor" if known is None else f"the base's has shape {list(known.shape)}"
-            problems.append(SuperposeError(what, where=f"{base.name}, tensor {name}", mend=mend))
+            problems.append(SuperposeError(what, where=f"{base.name}, tensor {name}", mend=OTHER_BASE))
         mask = masks.get(mask_name(name, task))
         if mask is not None and (mask.dtype, mask.shape) != ("U8", (packed_bytes(header.numel),)):
             what = f"the mask of task {task} has {mask.nbytes} bytes, the tensor needs {packed_bytes(header.numel)}"

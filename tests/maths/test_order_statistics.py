@@ -119,7 +119,12 @@ def test_pieces_need_not_be_contiguous(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_counts_take_the_bytes_that_are_announced(dtype):
-    bytes_of = [order_statistics.no_counts(1, step, dtype).nbytes for step in range(order_statistics.passes(dtype))]
+    bytes_of = []
+    for step in range(order_statistics.passes(dtype)):
+        counts = order_statistics.no_counts(1, step, dtype)
+        assert counts.nbytes == 0
+        counts.count(0, np.arange(counts.bins))
+        bytes_of.append(counts.nbytes)
     assert max(bytes_of) == order_statistics.table_bytes(dtype)
 
 

@@ -1,6 +1,8 @@
 """The streaming search keeps the very entries that a sort of the whole model keeps."""
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import iadd
 
 import numpy as np
 import pytest
@@ -51,7 +53,7 @@ def kept_by_streaming(model, options, size):
     state = None
     for step in range(survey.passes(options, dtype)):
         values = [survey.measure(step, name, chunks[name], state, options) for name in chunks]
-        state = survey.finish(step, sum(values[1:], values[0]), state, options, dtype)
+        state = survey.finish(step, reduce(iadd, values), state, options, dtype)
     kept = {}
     for name, array in model.tensors.items():
         cuts = survey.for_tensor(name, chunks[name], state, options)
@@ -158,7 +160,8 @@ def test_partial_sums_may_be_formed_in_groups():
     for step in range(survey.passes(options, torch.float32)):
         for grouping, state in states.items():
             a, b, c, d = [survey.measure(step, name, chunks[name], state, options) for name in chunks]
-            total = ((a + b) + c) + d if grouping == "left" else (a + b) + (c + d)
+            groups = [a, b, c, d] if grouping == "left" else [iadd(a, b), iadd(c, d)]
+            total = reduce(iadd, groups)
             states[grouping] = survey.finish(step, total, state, options, torch.float32)
     for name in chunks:
         left, pairs = [survey.for_tensor(name, chunks[name], state, options) for state in states.values()]

@@ -42,7 +42,7 @@ def breadcrumbs_by_entry(task_vectors, density, remove_top, scaling_factor, scop
 
 def merge(task_vectors, weights=None, **options):
     given = None if weights is None else torch.tensor(weights, dtype=torch.float64)
-    return breadcrumbs(task_vectors, BreadcrumbsOptions(**options), weights=given)
+    return breadcrumbs(task_vectors, BreadcrumbsOptions(**options), weights=given).tensor
 
 
 def random_stack(tasks, *shape, dtype=torch.float64):
@@ -165,3 +165,19 @@ def test_degenerate_updates_rounded_in_bfloat16_equal_the_formula(scope):
     assert int((task_vectors == 0).sum()) > 20
     expected = breadcrumbs_by_entry(task_vectors.numpy(), 0.2, 0.1, 0.4, scope, [1.0] * 3)
     assert_close(merge(task_vectors, scope=scope), expected, 1e-12)
+
+
+def test_degenerate_update_that_is_dropped_as_a_whole_is_warned_of():
+    sparse = torch.zeros(1, 100)
+    sparse[0, :10] = torch.arange(1.0, 11)
+    merged = breadcrumbs(sparse, BreadcrumbsOptions(remove_top=0.1))
+    assert not merged.tensor.any()
+    (caution,) = merged.cautions
+    assert caution.tasks == (0,)
+    assert "remove_top" in caution.text
+    assert not breadcrumbs(sparse, BreadcrumbsOptions(remove_top=0.05)).cautions
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_degenerate_tensor_without_entries_in_a_row(scope):
+    assert breadcrumbs(torch.zeros(2, 3, 0), BreadcrumbsOptions(scope=scope)).tensor.shape == (3, 0)

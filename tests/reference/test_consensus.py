@@ -4,6 +4,8 @@ The multi-task vector is the sum of the task vectors, or TIES' sum of the agreei
 """
 
 from fractions import Fraction
+from functools import reduce
+from operator import iadd
 
 import numpy as np
 import pytest
@@ -112,7 +114,7 @@ def merge_model(tensors, options, dtype):
     state = None
     for step in range(survey.passes(options, dtype)):
         values = [survey.measure(step, name, chunks[name], state, options) for name in chunks]
-        state = survey.finish(step, sum(values[1:], values[0]), state, options, dtype)
+        state = survey.finish(step, reduce(iadd, values), state, options, dtype)
     merged = []
     for name, stack in stacks.items():
         cuts = survey.for_tensor(name, chunks[name], state, options)

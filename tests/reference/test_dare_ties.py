@@ -5,6 +5,8 @@ Which entries are kept is drawn from each tensor's generator and handed to the r
 
 from dataclasses import replace
 from fractions import Fraction
+from functools import reduce
+from operator import iadd
 
 import numpy as np
 import pytest
@@ -121,7 +123,7 @@ def merge_model(tensors, options, weights):
     state = None
     for step in range(survey.passes(options, torch.float64)):
         values = [survey.measure(step, name, chunks[name], state, options) for name in chunks]
-        state = survey.finish(step, sum(values[1:], values[0]), state, options, torch.float64)
+        state = survey.finish(step, reduce(iadd, values), state, options, torch.float64)
     given = torch.tensor(weights, dtype=torch.float64)
     merged = []
     for name, array in tensors.items():

@@ -176,7 +176,7 @@ def test_probabilities_outside_zero_to_one_are_refused(density, epsilon):
     )
     assert options == DellaOptions()
     assert problem.what == (
-        f"method della: density {density:g} with epsilon {epsilon:g} leaves (0, 1]:"
+        f"method della: density {density:g} with epsilon {epsilon:g} reaches outside (0, 1]:"
         " density - epsilon has to be above 0, and density + epsilon at most 1"
     )
     assert problem.where == "recipe.yaml, line 7"

@@ -4,6 +4,8 @@ The weighted form elects on weighted values, and its mean divides by the sum of 
 """
 
 from fractions import Fraction
+from functools import reduce
+from operator import iadd
 
 import numpy as np
 import pytest
@@ -195,7 +197,7 @@ def merge_model(tensors, weights, options):
     state = None
     for step in range(survey.passes(options, torch.float64)):
         values = [survey.measure(step, name, chunks[name], state, options) for name in chunks]
-        state = survey.finish(step, sum(values[1:], values[0]), state, options, torch.float64)
+        state = survey.finish(step, reduce(iadd, values), state, options, torch.float64)
     given = torch.tensor(weights, dtype=torch.float64)
     return [
         ties(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from json import dumps
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +16,8 @@ from superpose.cli.common import exit_codes, print_table
 
 if TYPE_CHECKING:
     from superpose.comparison import Comparison, Group, Pair
+
+MOST_PAIRS = 10
 
 
 def compare(
@@ -54,31 +56,48 @@ def compare(
 
 def _print(found: Comparison) -> None:
     whole = found.whole
+    labels = {task.name: str(number) for number, task in enumerate(whole.tasks, 1)}
     typer.echo("Task vectors\n")
-    print_table(
-        ["fine-tune", "norm", "same in bf16", "largest entry", "effective rank"],
-        [(t.name, _number(t.norm), _share(t.lost_in_bfloat16), _number(t.largest), _share(t.effective_rank))
-         for t in whole.tasks],
-        right=["norm", "same in bf16", "largest entry", "effective rank"],
-    )  # fmt: skip
+    rows = [
+        (f"{labels[task.name]} {task.name}", _number(task.norm), _share(task.unchanged), _share(task.lost_in_bfloat16),
+         _number(task.largest), _share(task.effective_rank))
+        for task in whole.tasks
+    ]  # fmt: skip
+    columns = ["norm", "un-\nchanged", "same in\nbf16", "largest\nentry", "eff.\nrank"]
+    print_table(["fine-tune", *columns], rows, right=columns)
     if whole.pairs:
-        typer.echo("\nPairs\n")
-        columns = ["cosine", "sign conflicts", "left overlap", "right overlap"]
-        print_table(["pair", *columns], [(f"{p.first}, {p.second}", *_pair(p)) for p in whole.pairs], right=columns)
-    typer.echo("\nLayer groups (norms in the order of the fine-tunes; cosine and conflicts: mean over pairs)\n")
-    columns = ["tensors", "norms", "same in bf16", "effective rank", "cosine", "sign conflicts", "overlap l/r", "STF"]
-    print_table(["group", "kind", *columns], [_group(group) for group in found.groups], right=columns)
+        _print_pairs(whole.pairs, labels)
+    typer.echo("\nLayer groups (norms: smallest to largest; the rest: means over fine-tunes or pairs)\n")
+    columns = ["n", "norms", "same in\nbf16", "eff.\nrank", "cosine", "sign\nconfl.", "overlap\nleft right", "STF"]
+    for kind in dict.fromkeys(group.kind for group in found.groups):
+        groups = [group for group in found.groups if group.kind == kind]
+        print_table([kind, *columns], [_group(group) for group in groups], right=columns)
+        typer.echo("")
     for note in found.notes:
         typer.echo(f"note: {note}")
-    typer.echo(
-        f"\n{whole.tensors} tensors, {whole.entries / 1e6:.1f}M entries compared, {found.left_out} left out. Effective"
-        " rank: share of the smaller side.\nOverlap: of the 16 leading singular directions, in brackets what chance"
-        " gives. STF: condition of its system over the 64\nstrongest features of each task, untrimmed: median and"
-        " largest; the full system's is at least that."
-    )
+    typer.echo(f"{whole.tensors} tensors, {whole.entries / 1e6:.3g}M entries compared, {found.left_out} left out.")
+    if whole.condition is not None:
+        typer.echo(
+            "Eff. rank: of the smaller side. Overlap: of up to 16 leading singular directions (an\n"
+            "eighth of the smaller side at most), in brackets what chance gives. STF: condition of\n"
+            "its system over the 64 strongest features of each untrimmed task matrix, median and\n"
+            "largest; the full system's is at least that."
+        )
     typer.echo("\nSuggestions\n")
     for text in found.suggestions or ("nothing stands out",):
         typer.echo(f"- {text}")
+
+
+def _print_pairs(pairs: Sequence[Pair], labels: Mapping[str, str]) -> None:
+    """Print all pairs, or of many the closest and the furthest."""
+    ordered = sorted(pairs, key=lambda pair: -pair.cosine) if len(pairs) > MOST_PAIRS else list(pairs)
+    half = MOST_PAIRS // 2
+    shown = ordered if len(ordered) <= MOST_PAIRS else [*ordered[:half], *ordered[-half:]]
+    more = f", the {half} closest and the {half} furthest of {len(pairs)}; --json has all" if shown != ordered else ""
+    typer.echo(f"\nPairs{more}\n")
+    columns = ["cosine", "sign\nconfl.", "left\noverlap", "right\noverlap"]
+    rows = [(f"{labels[pair.first]}, {labels[pair.second]}", *_pair(pair)) for pair in shown]
+    print_table(["pair", *columns], rows, right=columns)
 
 
 def _pair(pair: Pair) -> tuple[str, ...]:
@@ -97,17 +116,17 @@ def _group(group: Group) -> tuple[str, ...]:
         left, right = (_mean([getattr(p, f"{side}_overlap") for p in pairs]) for side in ("left", "right"))
         overlaps = f"{left:.2f} {right:.2f}"
     ranks = [task.effective_rank for task in group.tasks if task.effective_rank is not None]
+    norms = sorted(task.norm for task in group.tasks)
     return (
         group.name,
-        group.kind,
         str(group.tensors),
-        " ".join(_number(task.norm) for task in group.tasks),
+        _number(norms[0]) if len(norms) == 1 else f"{_number(norms[0])} {_number(norms[-1])}",
         _share(_mean([task.lost_in_bfloat16 for task in group.tasks])),
         _share(_mean(ranks)) if ranks else "-",
         f"{_mean([pair.cosine for pair in pairs]):.3f}" if pairs else "-",
         _share(_mean([pair.sign_conflicts for pair in pairs])) if pairs else "-",
         overlaps,
-        "-" if group.condition is None else f"{group.condition:.3g} {group.worst_condition:.3g}",
+        "-" if group.condition is None or not pairs else f"{group.condition:.3g} {group.worst_condition:.3g}",
     )
 
 
@@ -120,7 +139,7 @@ def _number(value: float) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _overlap(value: float | None, chance: float | None) -> str:

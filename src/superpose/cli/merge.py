@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from superpose.cli import common
 from superpose.cli.common import exit_codes, recipe_from, size
 from superpose.cli.progress import progress
+
+if TYPE_CHECKING:
+    from superpose.records import RunRecord
 
 MOST_WARNINGS = 10
 
@@ -64,6 +68,14 @@ def merge(
         totals = record.totals
         resumed = f", {totals['resumed']} of them from the run before" if totals["resumed"] else ""
         typer.echo(
-            f"{output}: {totals['merged']} tensors merged by {recipe.method}, {totals['copied']} copied{resumed};"
+            f"{output}: {totals['merged']} tensors merged{_by(record)}, {totals['copied']} copied{resumed};"
             f" {size(totals['bytes_written'])} in {totals['seconds']:.1f} s"
         )
+
+
+def _by(record: RunRecord) -> str:
+    """Return by what methods, with their numbers of tensors where there are several."""
+    methods = Counter(tensor.method for tensor in record.tensors if tensor.method)
+    if len(methods) < 2:
+        return "".join(f" by {method}" for method in methods)
+    return " (" + ", ".join(f"{count} by {method}" for method, count in methods.most_common()) + ")"

@@ -51,6 +51,8 @@ def _describe(method: Method) -> None:
         kinds = "" if breach.kinds == frozenset(Kind) else f" for {', '.join(sorted(map(str, breach.kinds)))}"
         typer.echo(f"breaks '{law}'{kinds}: {breach.why}")
     typer.echo(f"source: {method.source}")
+    if " o " in method.description:
+        typer.echo("(o is the entrywise product, tau_i = tuned_i - base)")
 
 
 def _needs(method: Method) -> str:

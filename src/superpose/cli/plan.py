@@ -74,9 +74,11 @@ def _print(made: Plan, every: bool) -> None:
     for note in made.notes:
         typer.echo(f"note: {note}")
     merged = sum(item.action == "merge" for item in made.items)
+    surveyed = f" ({size(made.bytes_surveyed)} more in survey passes)" if made.bytes_surveyed else ""
     typer.echo(
         f"{len(made.items)} tensors: {merged} merged, {len(made.items) - merged} copied; {len(made.tuned)} fine-tunes\n"
-        f"reads {size(made.bytes_read)}, writes {size(made.layout.file_bytes)} in {len(made.layout.files)} file(s)\n"
+        f"reads {size(made.bytes_read)}{surveyed}, writes {size(made.layout.file_bytes)} in"
+        f" {len(made.layout.all_files)} file(s)\n"
         f"memory in flight up to {size(made.memory)}; takes {made.time_class}"
     )
 
@@ -120,6 +122,7 @@ def _as_json(made: Plan) -> dict[str, Any]:
         "totals": {
             "tensors": len(items),
             "bytes_read": made.bytes_read,
+            "bytes_surveyed": made.bytes_surveyed,
             "bytes_written": made.layout.file_bytes,
             "files": [file.name for file in made.layout.files],
             "memory": made.memory,

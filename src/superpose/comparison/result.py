@@ -22,6 +22,7 @@ class Task:
         name: of the task.
         norm: Frobenius norm of the task vector.
         lost_in_bfloat16: fraction of entries that do not differ from the base once both are stored in bfloat16.
+        unchanged: fraction of entries that do not differ from it as they are.
         largest: largest magnitude of an entry of the task vector.
         effective_rank: mean over task matrices of the effective rank as a fraction of min(out, in); None where no
             matrix was decomposed.
@@ -30,8 +31,15 @@ class Task:
     name: str
     norm: float
     lost_in_bfloat16: float
+    unchanged: float
     largest: float
     effective_rank: float | None
+
+    @property
+    def rounded_away(self) -> float:
+        """Fraction of the entries that differ from the base which bfloat16 makes equal to it."""
+        changed = 1 - self.unchanged
+        return (self.lost_in_bfloat16 - self.unchanged) / changed if changed > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,7 @@ def _task(index: int, sums: Sums, spectra: Sequence[Spectra], names: Sequence[st
         names[index],
         math.sqrt(float(sums.products[index, index])),
         float(sums.lost[index]) / max(sums.entries, 1),
+        1 - float(sums.shared[index, index]) / max(sums.entries, 1),
         float(sums.largest[index]),
         fmean(found.effective_ranks[index] / found.size for found in spectra) if spectra else None,
     )

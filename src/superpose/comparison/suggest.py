@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from superpose.comparison.result import Comparison, Group
 
+NEARLY_SUM = 1.2
+"""Median condition number up to which STF's system is nearly the identity, and STF nearly a sum."""
 MUCH_LOST = 0.5
 """Fraction of entries lost in bfloat16 from which it is worth saying."""
 SAME = 0.999
@@ -34,7 +36,7 @@ def _about_tasks(whole: Group) -> list[str]:
         ratio = moved[-1].norm / moved[0].norm
         found.append(
             f"{moved[-1].name} moved {ratio:.1f} times as far as {moved[0].name}: it will drown it in a sum; give"
-            f" --weights, or merge by ties or stf with a density"
+            " --weights to task_arithmetic or ties"
         )
     return found
 
@@ -70,11 +72,16 @@ def _about_pairs(whole: Group) -> list[str]:
 def _about_precision(whole: Group) -> list[str]:
     found = []
     moved = [task for task in whole.tasks if task.norm > 0]
-    worst = max(moved, key=lambda task: task.lost_in_bfloat16, default=None)
-    if worst is not None and worst.lost_in_bfloat16 > MUCH_LOST:
+    worst = max(moved, key=lambda task: task.rounded_away, default=None)
+    if worst is not None and worst.rounded_away > MUCH_LOST:
         found.append(
-            f"{worst.lost_in_bfloat16:.0%} of {worst.name}'s entries are the base's in bfloat16: merge float32"
-            " checkpoints if there are any, and write --dtype float32"
+            f"bfloat16 would round {worst.rounded_away:.0%} of {worst.name}'s changes away: write --dtype float32"
+        )
+    kept = max(moved, key=lambda task: task.unchanged, default=None)
+    if kept is not None and kept.unchanged > MUCH_LOST:
+        found.append(
+            f"{kept.unchanged:.0%} of {kept.name}'s entries are the base's: if it was saved in bfloat16 after training"
+            " in float32, merge the float32 checkpoint"
         )
     largest = max(whole.tasks, key=lambda task: task.largest)
     if largest.largest > DARE_LIMIT:
@@ -106,8 +113,11 @@ def _about_spectra(comparison: Comparison) -> list[str]:
             f" ({overlap:.2f}, chance {chance:.2f}): stf, which keeps each task's strength along them, will differ"
             " from a sum"
         )
-    elif len(ranks) > 1 and all(abs(pair.cosine) < NEARLY_ORTHOGONAL for pair in whole.pairs):
-        found.append("leading directions are hardly shared: stf will be close to trimmed_task_arithmetic")
+    elif len(ranks) > 1 and whole.condition is not None and whole.condition < NEARLY_SUM:
+        found.append(
+            f"leading directions are hardly shared (median condition {whole.condition:.2g}): stf will be close to"
+            " trimmed_task_arithmetic"
+        )
     worst = whole.worst_condition
     if worst is not None and worst > NEARLY_PARALLEL:
         group = max(comparison.groups, key=lambda group: group.worst_condition or 0)

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from superpose.maths.tallies import Tally
+
 # Widths of the digits, leading first; the table of the widest fits a core's own cache.
 _DIGITS = {torch.float32: (18, 14), torch.float64: (18, 18, 18, 10)}
 _SIGNED = {torch.float32: np.int32, torch.float64: np.int64}
@@ -48,19 +50,19 @@ def table_bytes(dtype: torch.dtype) -> int:
     return 8 * max(1 << width for width in _DIGITS[dtype])
 
 
-def no_counts(places: int, step: int, dtype: torch.dtype) -> np.ndarray:
-    """Return zeros to count in, shape (places, values of digit number `step`)."""
-    return np.zeros((places, 1 << _DIGITS[dtype][step]), np.int64)
+def no_counts(places: int, step: int, dtype: torch.dtype) -> Tally:
+    """Return an empty tally, a row for each place, of digit number `step`."""
+    return Tally(places, 1 << _DIGITS[dtype][step])
 
 
-def count(values: Float[Tensor, "rows entries"], step: int, places: Sequence[Place], counts: np.ndarray) -> None:
+def count(values: Float[Tensor, "rows entries"], step: int, places: Sequence[Place], counts: Tally) -> None:
     """Count one piece's values by digit number `step`, for each place among those that begin with its prefix.
 
     Args:
         values: without NaN.
         step: number of the pass.
         places: as the pass before left them.
-        counts: shape (places, values of the digit); added to.
+        counts: a row for each place; added to.
     """
     widths = _DIGITS[values.dtype]
     remaining = sum(widths[step + 1 :])
@@ -74,20 +76,16 @@ def count(values: Float[Tensor, "rows entries"], step: int, places: Sequence[Pla
         if step:
             bits = bits[(bits >> shift(remaining + widths[step])) == prefix]
         digits = (bits >> shift(remaining)) & shift((1 << widths[step]) - 1)
-        if digits.size < counts.shape[1] // 32:  # a table of all bins would cost more than the counting
-            for number in numbers:
-                np.add.at(counts[number], digits.astype(np.int64), 1)
-        else:
-            found = np.bincount(digits.astype(np.int64), minlength=counts.shape[1])
-            counts[numbers] += found
+        for number in numbers:
+            counts.count(number, digits)
 
 
-def narrow(places: Sequence[Place], counts: np.ndarray, step: int, dtype: torch.dtype) -> tuple[Place, ...]:
+def narrow(places: Sequence[Place], counts: Tally, step: int, dtype: torch.dtype) -> tuple[Place, ...]:
     """Return the places with one more digit of their values.
 
     Args:
         places: as the pass before left them.
-        counts: of all values, shape (places, values of the digit).
+        counts: of all values, a row for each place.
         step: number of the pass.
         dtype: of the values.
 
@@ -95,8 +93,8 @@ def narrow(places: Sequence[Place], counts: np.ndarray, step: int, dtype: torch.
         The places, in their order.
     """
     width, narrowed = _DIGITS[dtype][step], []
-    for place, row in zip(places, counts, strict=True):
-        upto = np.cumsum(row)
+    for number, place in enumerate(places):
+        upto = np.cumsum(counts.row(number))
         digit = int(np.searchsorted(upto, place.rank, side="right"))
         below = int(upto[digit - 1]) if digit else 0
         narrowed.append(Place(place.row, place.rank - below, (place.prefix << width) | digit))

@@ -19,6 +19,7 @@ from torch import Tensor
 from superpose.kinds import Kind
 from superpose.maths.randomness import Generator
 from superpose.maths.sparsify import KEEP_ALL, KEEP_NONE, Cut, Cuts, count_kept
+from superpose.maths.tallies import Tally
 
 # Widths of the digits, leading first, of the magnitude's bit pattern (the sign bit is dropped).
 # The first table of float32 fits a core's own cache; the last is small enough to be kept per tensor.
@@ -81,22 +82,25 @@ Sparse = tuple[np.ndarray, np.ndarray]
 """Values of a digit that occur, ascending, and how often."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class PassValue:
     """One tensor's counts of a digit, or the sum of several.
 
     Args:
         numel: entries seen.
-        counts: shape (tasks, values of the digit).
+        counts: a row for each task.
         by_tensor: (name, sparse counts per task) of each tensor, in the order of the plan; for the last digit alone.
     """
 
     numel: int
-    counts: np.ndarray
+    counts: Tally
     by_tensor: tuple[tuple[str, tuple[Sparse, ...]], ...]
 
-    def __add__(self, other: PassValue) -> PassValue:
-        return PassValue(self.numel + other.numel, self.counts + other.counts, self.by_tensor + other.by_tensor)
+    def __iadd__(self, other: PassValue) -> PassValue:
+        self.numel += other.numel
+        self.counts += other.counts
+        self.by_tensor += other.by_tensor
+        return self
 
 
 @dataclass(frozen=True)
@@ -142,24 +146,25 @@ class MagnitudeSurvey:
     def measure(self, step: int, name: str, chunks, state: SearchState | None, options) -> PassValue:
         """Return one tensor's counts of digit number `step`."""
         widths = _DIGITS[chunks.dtype]
-        counts = np.zeros((chunks.tasks, 1 << widths[step]), np.int64)
+        counts = Tally(chunks.tasks, 1 << widths[step])
         for _, chunk in chunks:
             for task, row in enumerate(chunk):
-                _count(row, step, state.by_task[task] if state else None, counts[task])
+                _count(row, step, state.by_task[task] if state else None, counts, task)
         last = step == len(widths) - 1
-        return PassValue(chunks.numel, counts, ((name, tuple(map(_sparse, counts))),) if last else ())
+        occurring = tuple(counts.occurring(task) for task in range(chunks.tasks)) if last else ()
+        return PassValue(chunks.numel, counts, ((name, occurring),) if last else ())
 
     def finish(self, step: int, total: PassValue, state: SearchState | None, options, dtype) -> SearchState:
         """Return the search after pass `step`: one more digit of every threshold."""
         if state is None:
             kept = count_kept(options.density, total.numel)
             start = TaskSearch(-1 if kept >= total.numel else kept, 0, {})
-            state = SearchState(dtype, (start,) * len(total.counts))
+            state = SearchState(dtype, (start,) * total.counts.rows)
         width = _DIGITS[dtype][step]
         tensors = dict(total.by_tensor)
         searches = tuple(
-            _narrow(search, counts, width, {name: value[task] for name, value in tensors.items()})
-            for task, (search, counts) in enumerate(zip(state.by_task, total.counts, strict=True))
+            _narrow(search, total.counts.row(task), width, {name: value[task] for name, value in tensors.items()})
+            for task, search in enumerate(state.by_task)
         )
         return SearchState(dtype, searches)
 
@@ -185,8 +190,8 @@ class MagnitudeSurvey:
         return state
 
 
-def _count(row: Float[Tensor, " entries"], step: int, search: TaskSearch | None, counts: np.ndarray) -> None:
-    """Add to `counts` the values of one digit, of the entries whose leading bits are those found so far."""
+def _count(row: Float[Tensor, " entries"], step: int, search: TaskSearch | None, counts: Tally, task: int) -> None:
+    """Count the values of one digit, of the entries whose leading bits are those found so far."""
     if search is not None and search.kept < 0:
         return
     widths = _DIGITS[row.dtype]
@@ -197,15 +202,7 @@ def _count(row: Float[Tensor, " entries"], step: int, search: TaskSearch | None,
         digits = (bits >> remaining) & ((1 << widths[step]) - 1)
     else:
         digits = bits >> remaining
-    if digits.numel() < len(counts) // 32:  # clearing all the bins would cost more than counting
-        np.add.at(counts, digits.numpy(force=True), 1)
-    else:
-        counts += torch.bincount(digits, minlength=len(counts)).numpy(force=True)
-
-
-def _sparse(counts: np.ndarray) -> Sparse:
-    values = np.flatnonzero(counts)
-    return values.astype(np.int32), counts[values]
+    counts.count(task, digits.numpy(force=True))
 
 
 def _count_of(counts: Sparse, digit: int) -> int:

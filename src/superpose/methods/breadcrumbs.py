@@ -4,7 +4,8 @@
     merged = base + scaling_factor * sum_i mask_i o tau_i
 
 Counts are exact: floor(remove_top * n) dropped, floor(density * n) kept, at least one; ties to the lowest index, in
-each tensor or in each row (`scope: row`, along the last axis). The largest entries are taken for outliers.
+each tensor or in each row (`scope: row`, along the last axis), zeros among them: of a sparse update the largest entries
+can be most or all of it, which is warned of.
 
 Cost: one pass; each tensor as a whole, with selection. Prefer it for many fine-tunes with heavy tails; where the
 largest updates are what was learnt, TIES or STF keep them.
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from superpose.maths.sparsify import apply_cut, count_kept, count_share, find_cut
 from superpose.options import Range
-from superpose.registry import merge_method
+from superpose.registry import Caution, Merged, merge_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,21 @@ class BreadcrumbsOptions:
     """Whether entries are counted in each tensor (the paper's layer-wise) or in each row (the authors' code)."""
 
 
+def breadcrumbs_notes(options: BreadcrumbsOptions, tasks: int) -> list[str]:
+    """Return what to tell the user about these options before anything is computed."""
+    del tasks
+    kept = 1 - options.remove_top
+    if options.density <= kept + 1e-9:
+        return []
+    return [f"breadcrumbs: remove_top {options.remove_top:g} leaves {kept:.2g} of the entries, less than the density"]
+
+
 @merge_method(
     "breadcrumbs",
     options=BreadcrumbsOptions,
     source="Davari & Belilovsky 2024, arXiv:2312.06795, masks and merge; counted per tensor, the code per row",
     breaks={"same": "T identical tasks add up to T times the task; with scaling_factor 1/T it holds"},
+    notes=breadcrumbs_notes,
     plain={"density": 1.0, "remove_top": 0.0, "scaling_factor": 1.0},
 )
 def breadcrumbs(
@@ -50,7 +61,7 @@ def breadcrumbs(
     options: BreadcrumbsOptions,
     *,
     weights: Float[Tensor, " tasks"] | None = None,
-) -> Float[Tensor, "*shape"]:
+) -> Merged:
     """Add up the middle band of each task vector, scaled.
 
     Args:
@@ -59,13 +70,20 @@ def breadcrumbs(
         weights: one factor per task, not normalised; 1 when not given.
 
     Returns:
-        The merged task vector.
+        The merged task vector; with a warning where all that differs from the base is among the largest entries.
     """
     merged = torch.zeros_like(task_vectors[0])
-    for task, task_vector in enumerate(task_vectors):
+    erased = []
+    for task, task_vector in enumerate(task_vectors if merged.numel() else ()):
         factor = options.scaling_factor * (1.0 if weights is None else float(weights[task]))
-        merged += factor * _middle_band(task_vector, options)
-    return merged
+        band = _middle_band(task_vector, options)
+        merged += factor * band
+        if options.density and not bool(band.any()) and bool(task_vector.any()):
+            erased.append(task)
+    if not erased:
+        return Merged(merged)
+    text = "all entries that differ from the base are among the largest and dropped: choose a smaller remove_top"
+    return Merged(merged, cautions=(Caution(text, tuple(erased)),))
 
 
 def _middle_band(task_vector: Float[Tensor, "*shape"], options: BreadcrumbsOptions) -> Float[Tensor, "*shape"]:

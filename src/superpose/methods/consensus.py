@@ -5,10 +5,11 @@
     merged = base + scaling_factor * 1[ sum_i mask_i >= agreement ] o tau
 
 An entry that no task relies on, or one task alone, is left at the base (`agreement: 2`); 1 drops the former only, 0
-nothing. Asked for more tasks than there are, all of them have to agree.
+nothing. Asked for more tasks than there are, all of them have to agree. Tasks that are alike erase each other: with T
+of them a task stands against T - 1, and its mask holds only while 1 > threshold (T - 1).
 
-Cost: one pass, piece by piece; two passes more for `over: ties`. Prefer it for many tasks, where entries that serve one
-task alone hurt the others. With two or three tasks it drops a lot.
+Cost: one pass, piece by piece; two passes more for `over: ties`. Prefer it for many different tasks, where entries that
+serve one task alone hurt the others. With two or three tasks it drops a lot.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def consensus_notes(options: ConsensusOptions, tasks: int) -> list[str]:
     survey=ConsensusSurvey(),
     notes=consensus_notes,
     breaks={
-        "same": "T identical tasks add up to T times the task where they rely on an entry",
+        "same": "T identical tasks give T times the task while 1 > threshold (T - 1), and nothing beyond",
         "zero": Breach("of one task and the base, two have to agree: nothing is left; agreement 1 keeps it", tasks=1),
     },
 )

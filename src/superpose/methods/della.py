@@ -14,7 +14,9 @@ fine-tune learnt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Literal
 
 import torch
@@ -25,7 +27,7 @@ from superpose.maths.randomness import Generator
 from superpose.methods.task_arithmetic import TaskArithmeticOptions, task_arithmetic
 from superpose.methods.ties import TiesOptions, ties
 from superpose.options import Range
-from superpose.registry import merge_method
+from superpose.registry import Cost, merge_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +46,23 @@ class DellaOptions:
     def __post_init__(self) -> None:
         if not self.density - self.epsilon > 0 or self.density + self.epsilon > 1:
             raise ValueError(
-                f"density {self.density:g} with epsilon {self.epsilon:g} leaves (0, 1]:"
+                f"density {self.density:g} with epsilon {self.epsilon:g} reaches outside (0, 1]:"
                 " density - epsilon has to be above 0, and density + epsilon at most 1"
             )
+
+
+def della_cost(shape: Sequence[int], tasks: int, options: DellaOptions) -> Cost:
+    """Return what one tensor takes: random numbers, ranks, probabilities and a quotient of 8 bytes an entry."""
+    del options
+    numel = prod(shape)
+    return Cost(numel * (8 * tasks + 56), 100.0 * numel * tasks)
 
 
 @merge_method(
     "della",
     options=DellaOptions,
     source="Deep et al. 2024, arXiv:2406.11617, MagPrune, elect, fuse",
+    cost=della_cost,
     plain={"density": 1.0, "epsilon": 0.0, "scaling_factor": 1.0},
 )
 def della(

@@ -8,7 +8,8 @@
 
 The output is a model with `tasks/` beside it: `superpose rebuild OUT --task NAME` makes the model of any task from it.
 Which task is meant must be known when the model is used. Where the sum cancels exactly, g is 0 and the entry stays at
-the base (the authors' code takes -1). A task of zeros has scale 1 and an empty mask.
+the base (the authors' code takes -1). Elsewhere an entry of base + uni is, up to float32's rounding, one of some
+fine-tune, so that storing it in the models' dtype loses nothing. A task of zeros has scale 1 and an empty mask.
 
 Cost: one streaming pass for the scales, and the merge, piece by piece; one bit per entry and task on the disk.
 Prefer it when tasks are told apart in use, and one model plus small masks can replace T models.

@@ -4,8 +4,8 @@
     merged   = base + sum_i lambda_i tau_i
 
 The coefficients add up to 1: a weighted average that favours the task that moved furthest, and weak for many tasks.
-With `density` below 1 the task vectors are processed first, and the norms are those of what is left: `trim` keeps the
-largest entries, `ties` those of them that agree with the elected sign, `dare` drops at random and rescales.
+The task vectors can be processed first, and the norms are those of what is left: `trim` keeps the largest `density` of
+the entries, `ties` those of them that agree with the elected sign (at density 1 too), `dare` drops and rescales.
 
 Cost: one streaming pass for the norms, two more where a threshold over the model is needed, and the merge, piece by
 piece. Prefer it for two or three tasks of like importance when nothing can be tuned.
@@ -13,7 +13,9 @@ piece. Prefer it for two or three tasks of like importance when nothing can be t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Any, Literal
 
 import torch
@@ -26,7 +28,7 @@ from superpose.maths.signs import elect_signs
 from superpose.maths.sparsify import Cuts, apply_cuts, find_cuts
 from superpose.maths.streaming import MagnitudeSurvey, TensorChunks, Trim
 from superpose.options import Range
-from superpose.registry import merge_method
+from superpose.registry import Cost, merge_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,13 @@ class Shares:
 
     search: Any
     coefficients: tuple[float, ...]
+
+
+def metagpt_cost(shape: Sequence[int], tasks: int, options: MetaGptOptions) -> Cost:
+    """Return what a piece takes: processed task vectors, their squares in float64, signs and temporaries."""
+    del options
+    numel = prod(shape)
+    return Cost(numel * (20 * tasks + 24), 20.0 * numel * tasks)
 
 
 class MetaGptSurvey:
@@ -109,6 +118,7 @@ class MetaGptSurvey:
     source="Zhou et al. 2024, arXiv:2406.11385, closed form of the coefficients; no official code",
     whole_for=(),
     survey=MetaGptSurvey(),
+    cost=metagpt_cost,
 )
 def metagpt(
     task_vectors: Float[Tensor, "tasks *shape"],

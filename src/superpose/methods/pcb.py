@@ -17,11 +17,12 @@ float64, piece by piece. Prefer it where tasks compete for the same entries and 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import prod
 from typing import Annotated
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -29,8 +30,9 @@ from torch import Tensor
 from superpose.maths import order_statistics
 from superpose.maths.order_statistics import Place
 from superpose.maths.streaming import TensorChunks
+from superpose.maths.tallies import Tally
 from superpose.options import Range
-from superpose.registry import Caution, Merged, merge_method
+from superpose.registry import Caution, Cost, Merged, merge_method
 
 SMALLEST_SUM = 1e-12
 """Sum of scales below which the quotient is held (the authors' code)."""
@@ -77,15 +79,17 @@ class PcbNumbers:
         return self
 
 
-@dataclass(frozen=True)
+@dataclass
 class Counts:
     """Counts of one pass, of a tensor or of several."""
 
     numel: int
-    counts: np.ndarray
+    counts: Tally
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(self.numel + other.numel, self.counts + other.counts)
+    def __iadd__(self, other: Counts) -> Counts:
+        self.numel += other.numel
+        self.counts += other.counts
+        return self
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,13 @@ class PcbState:
     numel: int
     places: tuple[Place, ...]
     quantiles: tuple[TaskNumbers, ...] = ()
+
+
+def pcb_cost(shape: Sequence[int], tasks: int, options: PcbOptions) -> Cost:
+    """Return what a piece takes: everything again in float64, and the betas."""
+    del options
+    numel = prod(shape)
+    return Cost(8 * numel * (2 * tasks + 6), 100.0 * numel * tasks)
 
 
 class PcbSurvey:
@@ -129,7 +140,7 @@ class PcbSurvey:
         first = order_statistics.passes(dtype)
         on_betas = step >= first
         if state is None:
-            state = PcbState(numel, _two_places(len(total.counts) // 2, *_quantile_ranks(numel, options.clip)))
+            state = PcbState(numel, _two_places(total.counts.rows // 2, *_quantile_ranks(numel, options.clip)))
         digit, kept = (step - first, torch.float64) if on_betas else (step, dtype)
         places = order_statistics.narrow(state.places, total.counts, digit, kept)
         if step == first - 1:
@@ -153,6 +164,7 @@ class PcbSurvey:
     source="Du et al. 2024, arXiv:2410.02396, balancing, drop and rescale; as in the authors' root script",
     whole_for=(),
     survey=PcbSurvey(),
+    cost=pcb_cost,
     breaks={
         "single": "one task comes back on its strongest entries, the largest of them clipped",
         "same": "as one task: on its strongest entries, clipped",

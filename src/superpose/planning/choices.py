@@ -37,12 +37,14 @@ class ChosenMethods:
             given = {**(recipe.options if name == recipe.method else {}), **(rule.options if rule else {})}
             where = f"rule {number}, method {name}" if rule else f"method {name}"
             self._add(rule, name, given, where, weighted)
-        if sum(entry.weight for entry in recipe.models) == 0 and "average" in {
-            method.name for method, _ in self._found.values()
-        }:
-            problems.append(
-                SuperposeError("the weights add up to zero", where="method average", mend="give other weights")
-            )
+        weights = [entry.weight for entry in recipe.models]
+        names = {method.name for method, _ in self._found.values()}
+        # Up to rounding: 0.1 + 0.2 - 0.3 is 5.6e-17.
+        if "average" in names and abs(sum(weights)) <= 1e-9 * sum(map(abs, weights)):
+            what, mend = "the weights add up to zero", "give other weights"
+            problems.append(SuperposeError(what, where="method average", mend=mend))
+        if "pem" in names and not any(weights):
+            problems.append(SuperposeError("all weights are zero", where="method pem", mend="give other weights"))
 
     def of(self, rule: Rule | None) -> tuple[Method, Any]:
         """Return the method and options for tensors of a rule, None for the recipe's own."""

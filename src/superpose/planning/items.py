@@ -195,7 +195,10 @@ def with_cost(item: WorkItem, settings: Settings) -> WorkItem:
     if item.streams and not measures:
         # Stacked task vectors, as much again for trimming, a few temporaries; surveys take larger pieces.
         piece = min(item.numel, SURVEY_CHUNK if method.survey else CHUNK)
-        return replace(item, memory=piece * wide * (2 * tasks + 4) + counts, flops=20.0 * item.numel * tasks)
+        work = piece * wide * (2 * tasks + 4)
+        if method.cost is not None and not method.whole_for:
+            work = piece * wide * tasks + method.cost((piece,), tasks, item.options).memory
+        return replace(item, memory=work + counts, flops=20.0 * item.numel * tasks)
     share = prod(item.shape) if item.parts is None else prod(item.shape) // len(item.parts[1])
     shape = _part_shape(item)
     cost = method.cost(shape, tasks, item.options) if method.cost else Cost(3 * wide * share * (tasks + 1), 20.0)

@@ -23,6 +23,7 @@ from superpose.planning.checks import check_backend, check_device, check_output,
 from superpose.planning.choices import ChosenMethods, choose_kinds, is_dropped, is_kept
 from superpose.planning.items import Settings, WorkItem, make_item, with_common_dtype, with_cost, with_keys
 from superpose.recipe import Recipe
+from superpose.registry import find_method
 
 MASKS_FILE = "tasks/masks.safetensors"
 """Where a method's tensors beside the model go."""
@@ -61,6 +62,17 @@ class Plan:
         return sum(header.nbytes for header in headers)
 
     @property
+    def bytes_surveyed(self) -> int:
+        """Bytes read beforehand, for numbers over the whole model; a tensor counts once for every pass."""
+        total = 0
+        for item in self.items:
+            survey = find_method(item.method).survey if item.action == "merge" else None
+            if survey is not None:
+                headers = [header for header in (item.base, *item.tuned) if header]
+                total += survey.passes(item.options, item.compute) * sum(header.nbytes for header in headers)
+        return total
+
+    @property
     def memory(self) -> int:
         """Bytes in flight at most."""
         largest = max((item.memory for item in self.items), default=0)
@@ -72,6 +84,7 @@ class Plan:
     def time_class(self) -> str:
         """How long it takes, roughly: seconds, minutes or hours."""
         seconds = sum(item.flops for item in self.items) / 2e10 + (self.bytes_read + self.layout.file_bytes) / 5e8
+        seconds += self.bytes_surveyed / 1e8  # counting is slower than copying
         return "seconds" if seconds < 60 else "minutes" if seconds < 3600 else "hours"
 
 
