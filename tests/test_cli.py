@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,11 +13,13 @@ from textwrap import dedent
 
 import pytest
 import torch
+import typer
 from families import base_tensors, make_family, save
 from typer.testing import CliRunner
 
 from superpose import api
 from superpose.cli import app
+from superpose.cli.common import exit_codes
 from superpose.options import option_specs
 
 COMMANDS = ("merge", "plan", "methods", "inspect", "demo")
@@ -66,6 +69,24 @@ def write_recipe(folder, family, **more):
     content = {"base": str(family[0]), "models": [str(path) for path in family[1:]], **more}
     (folder / "recipe.yaml").write_text(json.dumps(content))
     return folder / "recipe.yaml"
+
+
+def test_an_interruption_that_comes_out_as_another_error_is_still_one(capsys, tmp_path):
+    """Native code that is interrupted can turn the interruption into an error of its own."""
+
+    def native_code():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    with pytest.raises(typer.Exit) as ended, exit_codes(kept=tmp_path):
+        native_code()
+    assert ended.value.exit_code == 130
+    assert f"kept in {tmp_path}" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(ValueError, match="shape"), exit_codes():
+        raise ValueError("shape")
 
 
 # Help.

@@ -345,6 +345,8 @@ def test_a_merge_of_tensors_leaves_its_inputs_untouched(tmp_path, method, dtype)
     base = base_tensors(dtype=dtype)
     folders = [save(tmp_path / "base", base)]
     folders += [save(tmp_path / f"tuned {i}", tuned_tensors(base, i)) for i in (1, 2, 3)]
+    most = {found.name: found.models[1] for found in list_methods()}[method]
+    folders = folders[: most + 1 if most else None]
     readers = [FORMAT.open(folder / "model.safetensors") for folder in folders]
     read = [{name: reader.read(name) for name in base} for reader in readers]
     superpose.merge_tensors(read[0], read[1:], method)

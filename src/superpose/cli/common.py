@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -102,15 +105,13 @@ def exit_codes(kept: Path | None = None) -> Iterator[None]:
         kept: folder in which the state of an interrupted merge stays.
     """
     try:
-        yield
+        with _interrupts_that_stay():
+            yield
     except SuperposeError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
     except KeyboardInterrupt as error:
-        typer.echo("\ninterrupted", err=True)
-        if kept is not None and kept.exists():
-            typer.echo(f"what is finished is kept in {kept}; run the same command again to go on", err=True)
-        raise typer.Exit(INTERRUPTED) from error
+        raise _interruption(kept) from error
     except BrokenPipeError:
         # The reader of our output went away, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -121,6 +122,38 @@ def exit_codes(kept: Path | None = None) -> Iterator[None]:
         mend = "free some space or choose another place, and run the same command again"
         typer.echo(f"error: {SuperposeError(str(error.strerror), where=str(place), mend=mend)}", err=True)
         raise typer.Exit(BAD_INPUT) from error
+
+
+@contextlib.contextmanager
+def _interrupts_that_stay() -> Iterator[None]:
+    """Let what follows Ctrl-C be an interruption: out of a library's native code it can come as another error."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    # Someone else's handler, and a signal that the caller has ignored, are left alone; so are other threads.
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours = ours and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception as error:
+        if pressed:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interruption(kept: Path | None) -> typer.Exit:
+    typer.echo("\ninterrupted", err=True)
+    if kept is not None and kept.exists():
+        typer.echo(f"what is finished is kept in {kept}; run the same command again to go on", err=True)
+    return typer.Exit(INTERRUPTED)
 
 
 def size(count: float) -> str:

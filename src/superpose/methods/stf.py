@@ -216,8 +216,9 @@ def _merge_matrices(matrices: Float[Tensor, "tasks out in_"], options: StfOption
         "worst": found.worst,
         "solver": found.solution.solver,
     }
-    together = sum(float(task.s.norm()) for task in tasks)
-    stats["growth"] = float(found.matrix.norm()) / together
+    # In float64 no square of a float32 vanishes.
+    together = sum(float(task.s.double().norm()) for task in tasks)
+    stats["growth"] = float(found.matrix.double().norm()) / together if together else 0.0
     return Merged(found.matrix.reshape(shape), stats, _cautions(found, present, stats["growth"]))
 
 
