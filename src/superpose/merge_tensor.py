@@ -321,12 +321,10 @@ def _measure(part: Part, method: Method, stacked: Tensor, base: Tensor, survey: 
     if method.acts_on == "weights":
         merged, task_vectors = merged - base, stacked - base
     found = {"untrimmed": task_vectors.flatten(2)}
-    if "generator" in method.wants:
-        pass  # cut after entries were drawn: the cuts are not those of the task vectors
-    elif isinstance(survey, Cuts):
-        found["trimmed"] = apply_cuts(task_vectors, survey).flatten(2)
-    elif isinstance(getattr(survey, "cuts", None), Cuts):
-        found["trimmed"] = apply_cuts(task_vectors, survey.cuts).flatten(2)
+    cuts = survey if isinstance(survey, Cuts) else getattr(survey, "cuts", None)
+    # Cuts of a random method are those of what it drew, not of the task vectors.
+    if isinstance(cuts, Cuts) and "generator" not in method.wants:
+        found["trimmed"] = apply_cuts(task_vectors, cuts).flatten(2)
     measures = {}
     for reference, matrices in found.items():
         kept = feature_preservation(merged.flatten(1), [thin_svd(matrix) for matrix in matrices])
