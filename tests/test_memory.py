@@ -20,5 +20,9 @@ def test_memory_stays_under_a_gib_and_does_not_grow_with_depth(tmp_path, method)
         make_family(family, "1b", layers=layers, sparse=True)
         _, _, peaks[layers] = measure(merge_command(family, method, tmp_path / f"out{layers}"))
     assert peaks[4] < GIB
-    # Which pieces are in flight together varies by a quarter; the layers added, held in float32, would be 60% more.
-    assert peaks[4] < 1.4 * peaks[2]
+    for attempt in range(2):
+        # Which pieces are in flight together varies by a quarter; what depth holds is held every time.
+        if peaks[4] >= 1.2 * peaks[2]:
+            _, _, again = measure(merge_command(tmp_path / "4", method, tmp_path / f"again{attempt}"))
+            peaks[4] = min(peaks[4], again)
+    assert peaks[4] < 1.2 * peaks[2]

@@ -140,7 +140,7 @@ def _interrupts_that_stay() -> Iterator[None]:
         signal.signal(signal.SIGINT, note)
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # raised again, whatever it is; after Ctrl-C as what it was
         if pressed:
             raise KeyboardInterrupt from error
         raise
