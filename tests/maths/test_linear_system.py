@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from superpose.maths.linear_system import SMALL, solve_psd
+from superpose.maths import linear_system
+from superpose.maths.linear_system import SMALL, SymmetricOperator, solve_psd
 
 DTYPES = [torch.float32, torch.float64]
 SOLVERS = ["auto", "cg", "direct", "eigh"]
@@ -191,3 +192,47 @@ def test_inputs_stay_as_they_are():
         solve_psd(gram, right, ridge=0.5, solver=solver)
     assert torch.equal(gram, torch.eye(5, dtype=torch.float64))
     assert torch.equal(right, torch.arange(5.0, dtype=torch.float64))
+
+
+class Product:
+    """A matrix A^T A that is never written out: asking for it fails."""
+
+    def __init__(self, vectors):
+        self.vectors, self.size, self.dtype = vectors, vectors.shape[1], vectors.dtype
+        self.products = 0
+
+    def times(self, columns):
+        self.products += 1
+        return self.vectors.T @ (self.vectors @ columns)
+
+    def dense(self):
+        raise AssertionError("written out")
+
+
+@every_dtype
+@pytest.mark.parametrize("consistent", [True, False])
+def test_systems_too_large_to_write_out_are_solved_by_products_alone(consistent, dtype, monkeypatch):
+    monkeypatch.setattr(linear_system, "MOST_DENSE", SMALL)
+    rng, size = np.random.default_rng(0), SMALL + 100
+    gram, q = system_with(rng, np.r_[np.zeros(50), np.linspace(0.5, 1.5, size - 50)])
+    x = q[:, 50:] @ rng.standard_normal(size - 50)
+    right = gram @ x + (0 if consistent else q[:, :50] @ rng.standard_normal(50))
+    root = (q * np.sqrt(np.r_[np.zeros(50), np.linspace(0.5, 1.5, size - 50)])).T
+    operator = Product(torch.from_numpy(root).to(dtype))
+    assert isinstance(operator, SymmetricOperator)
+    solution = solve_psd(operator, torch.from_numpy(right).to(dtype))
+    assert solution.solver == "cgnr"
+    assert relative_error(solution.x, x) < 30 * ACCURACY[dtype]
+    missed = np.linalg.norm(gram @ x - right) / np.linalg.norm(right)
+    assert solution.residual == pytest.approx(missed, abs=5 * ACCURACY[dtype])
+
+
+def test_well_conditioned_systems_take_few_products():
+    """Ten or so: the probe of the spectrum rides on those of the solution."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((60000 // 8, SMALL + 88))
+    operator = Product(torch.from_numpy(vectors / np.linalg.norm(vectors, axis=0)))
+    solution = solve_psd(operator, torch.from_numpy(rng.uniform(0.5, 1, operator.size)))
+    assert solution.solver == "cg"
+    assert operator.products < 30
+    assert 1.8 < solution.condition < 3.3  # in the limit ((1 + sqrt(0.08)) / (1 - sqrt(0.08)))^2 = 3.2

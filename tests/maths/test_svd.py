@@ -6,7 +6,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from superpose.maths.svd import Features, leading, numerical_rank, svd_of_product, thin_svd, without_ends
+from superpose.maths import svd
+from superpose.maths.svd import (
+    Features,
+    _by_double_gram,
+    _by_single_gram,
+    _is_flat,
+    leading,
+    leading_by_energy,
+    leading_svd,
+    numerical_rank,
+    svd_of_product,
+    thin_svd,
+    without_ends,
+)
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(1, 1), (1, 9), (9, 1), (12, 12), (40, 7), (7, 40), (64, 50), (90, 96)]
@@ -95,13 +108,25 @@ def test_zero_matrix_has_no_features(shape):
     assert torch.equal(features.matrix(), torch.zeros(shape))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rank_counts_what_exceeds_size_times_eps_times_the_largest(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "size", "factor"),
+    [(torch.float64, 50, 50), (torch.float32, 50, 16), (torch.float32, 5, 5), (torch.float32, 4096, 16)],
+)
+def test_rank_counts_what_exceeds_the_rounding_of_the_largest(dtype, size, factor):
+    """In float64 size * eps, what a decomposition leaves; in float32 at most 16 eps, what rounding entries moves."""
     eps = torch.finfo(dtype).eps
-    s = torch.tensor([2.0, 1.0, 2 * 1.01 * 50 * eps, 2 * 0.99 * 50 * eps, 0.0], dtype=dtype)
-    assert numerical_rank(s, 50, dtype) == 3
-    assert numerical_rank(s[4:], 50, dtype) == 0
-    assert numerical_rank(s[:0], 50, dtype) == 0
+    s = torch.tensor([2.0, 1.0, 2 * 1.01 * factor * eps, 2 * 0.99 * factor * eps, 0.0], dtype=dtype)
+    assert numerical_rank(s, size, dtype) == 3
+    assert numerical_rank(s[4:], size, dtype) == 0
+    assert numerical_rank(s[:0], size, dtype) == 0
+
+
+def test_weak_features_of_a_large_matrix_are_no_rounding_noise():
+    """Rounding to float32 moves singular values by less than an eps of the largest, however large the matrix."""
+    exact = np.random.default_rng(7).standard_normal((300, 20)) @ np.random.default_rng(8).standard_normal((20, 400))
+    s = np.linalg.svd(exact.astype(np.float32).astype(np.float64), compute_uv=False)
+    assert s[20] < np.finfo(np.float32).eps * s[0]
+    assert thin_svd(torch.from_numpy(exact).float()).count == 20
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,3 +200,103 @@ def test_features_add_up_to_their_matrix():
     features = thin_svd(matrix)
     torch.testing.assert_close(features.matrix(), matrix)
     torch.testing.assert_close(features.take(0, 2).matrix() + features.take(2, 5).matrix(), matrix)
+
+
+# Matrices beyond the size up to which LAPACK's decomposition is used.
+
+
+def spread(kind, shape, seed=0):
+    """Return a float32 matrix whose singular values lie close together, fall off, or sink to nothing."""
+    rng, size = np.random.default_rng(seed), min(shape)
+    s = {
+        "flat": lambda: np.linalg.svd(rng.standard_normal(shape), compute_uv=False),
+        "decaying": lambda: 1 / np.arange(1, size + 1),
+        "steep": lambda: np.geomspace(1, 1e-5, size),
+        "spiky": lambda: np.r_[np.geomspace(40, 4, 8), np.linspace(1, 0.01, size - 8)],
+        "gap": lambda: np.r_[np.linspace(1, 0.7, size // 2), np.linspace(2e-3, 5e-6, size - size // 2)],
+        "singular": lambda: np.r_[np.linspace(1, 0.5, size - 40), np.zeros(40)],
+    }[kind]()
+    return torch.from_numpy(matrix_with(rng, shape, s)).float()
+
+
+LARGE = [(160, 160), (150, 400), (400, 150)]
+
+
+@pytest.fixture(autouse=True)
+def _both_routes_from_small_sizes_on(monkeypatch):
+    monkeypatch.setattr(svd, "LARGE", 150)
+
+
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("kind", ["flat", "decaying", "steep", "spiky", "gap", "singular"])
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e15])
+def test_large_matrices_are_decomposed_whatever_their_spectrum(scale, kind, shape):
+    matrix = spread(kind, shape) * scale
+    features = thin_svd(matrix)
+    assert features.count == min(shape) - 40 * (kind == "singular")
+    assert_decomposes(Features(features.u, features.s / scale, features.vh), matrix.double() / scale, 3e-5)
+    exact = np.linalg.svd(matrix.double().numpy(), compute_uv=False)[: features.count]
+    assert np.abs(features.s.double().numpy() / exact - 1).max() < 1e-3 * exact[0] / exact[-1] * 2e-3 + 1e-5
+
+
+@pytest.mark.parametrize(("route", "tolerance"), [(_by_single_gram, 5e-6), (_by_double_gram, 2e-6)])
+@pytest.mark.parametrize("shape", [(160, 160), (150, 400)])
+def test_features_answer_as_the_matrix_does_by_either_route(route, tolerance, shape):
+    """What STF asks of features: that each direction is answered by its strength along its partner."""
+    matrix = spread("flat", shape)
+    features = route(matrix)
+    u, s, vh = (part.double() for part in (features.u, features.s, features.vh))
+    exact = matrix.double()
+    assert float((exact @ vh.T - u * s).norm(dim=0).max()) < tolerance * float(s[0])
+    assert float((u.T @ exact - s[:, None] * vh).norm(dim=1).max()) < tolerance * float(s[0])
+
+
+def test_flat_matrices_are_told_from_others():
+    assert _is_flat(spread("flat", (160, 160)))
+    for kind in ("decaying", "steep", "spiky"):
+        assert not _is_flat(spread(kind, (160, 160)))
+
+
+# Leading features.
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (300, 700), (700, 300)])
+@pytest.mark.parametrize(("kind", "held"), [("flat", 0.8), ("decaying", 0.995), ("spiky", 0.97), ("steep", 0.999)])
+def test_leading_features_hold_nearly_as_much_as_the_strongest(kind, held, shape):
+    matrix, count = spread(kind, shape), 60
+    features = leading_svd(matrix, count)
+    exact = np.linalg.svd(matrix.double().numpy(), compute_uv=False)[:count]
+    assert features.count == count
+    assert float(features.s.double().square().sum()) > held * (exact**2).sum()
+    u, s, vh = (part.double() for part in (features.u, features.s, features.vh))
+    assert float((u.T @ u - torch.eye(count)).abs().max()) < 5e-6
+    assert float((vh @ vh.T - torch.eye(count)).abs().max()) < 5e-6
+    answers = torch.einsum("ia,ij,aj->a", u, matrix.double(), vh)
+    assert float((answers - s).abs().max()) < 3e-6 * float(s[0])  # each answers as the matrix does
+    assert (s[1:] <= s[:-1]).all()
+
+
+def test_leading_features_are_the_strongest_where_a_sketch_saves_little():
+    matrix = spread("flat", (300, 320))
+    for found, count in ((leading_svd(matrix, 100), 100), (leading_svd(matrix[:200], 20), 20)):
+        exact = np.linalg.svd(matrix[: len(found.u)].double().numpy(), compute_uv=False)
+        np.testing.assert_allclose(found.s.numpy(), exact[:count], rtol=1e-5)
+
+
+def test_leading_features_of_a_matrix_of_less_rank_are_all_there_are():
+    matrix = torch.from_numpy(matrix_with(np.random.default_rng(9), (400, 300), np.linspace(2, 1, 12))).float()
+    features = leading_svd(matrix, 50)
+    assert features.count == 12
+    assert_decomposes(features, matrix, 5e-6)
+    assert leading_svd(torch.zeros(300, 400), 20).count == 0
+
+
+@pytest.mark.parametrize("kind", ["flat", "decaying", "spiky"])
+@pytest.mark.parametrize("energy", [0.0, 0.3, 0.9, 0.9999])
+def test_features_that_hold_an_energy_hold_it(energy, kind):
+    matrix = spread(kind, (300, 400))
+    features = leading_by_energy(matrix, energy)
+    total = float(matrix.double().square().sum())
+    assert float(features.s.double().square().sum()) >= energy * total * (1 - 1e-6)
+    exact = leading(thin_svd(matrix), None, energy)
+    assert exact.count <= features.count <= 1.5 * exact.count + 8

@@ -621,3 +621,72 @@ def test_stacks_of_linear_maps_are_merged_one_by_one():
     assert merged.stats["features"] == 10 + 2 + 10
     assert merged.stats["rank"] == 10 + 1 + 10
     assert merged.stats["residual"] == members[1].stats["residual"] > 0
+
+
+# Leading features of large matrices, found by a sketch.
+
+
+def large_tasks(count=3, out=300, in_=280):
+    """Return tasks of a few strong features and noise, as fine-tunes are."""
+    return torch.stack(
+        [
+            4 * low_rank(6, out, in_, seed=seed).float() + random_tensors(out, in_, seed=seed + 50).float()
+            for seed in range(count)
+        ]
+    )
+
+
+@pytest.mark.parametrize("options", [{"feature_share": 0.1}, {"rank": 28}, {"rank": 40, "feature_share": 0.1}])
+def test_every_leading_feature_keeps_its_strength(options):
+    matrices = large_tasks()
+    merged = merge(matrices, **options)
+    assert merged.stats["features"] == 3 * 28
+    assert merged.stats["worst"] < 1e-5
+    exact = merge(matrices, **options, decomposition="exact")
+    assert exact.stats["features"] == 3 * 28
+    strengths = [np.linalg.svd(matrix.double().numpy(), compute_uv=False)[:28] for matrix in matrices]
+    u, s, v = triplets(matrices.double().numpy())
+    first = np.concatenate([np.arange(28) + 280 * task for task in range(3)])
+    np.testing.assert_allclose(s[first], np.concatenate(strengths))
+    answers = np.einsum("ia,ij,ja->a", u[:, first], exact.tensor.double().numpy(), v[:, first])
+    np.testing.assert_allclose(answers, s[first], rtol=1e-4)
+    # The sketch finds nearly those: most of what they hold, and the strong ones exactly.
+    norm = float(exact.tensor.norm())
+    assert float((merged.tensor - exact.tensor).norm()) < 0.35 * norm
+    strong = np.concatenate([np.arange(6) + 280 * task for task in range(3)])
+    answers = np.einsum("ia,ij,ja->a", u[:, strong], merged.tensor.double().numpy(), v[:, strong])
+    np.testing.assert_allclose(answers, s[strong], rtol=0.05)
+
+
+def test_share_of_features_is_of_the_smaller_side():
+    matrices = random_tensors(2, 9, 12)
+    assert merge(matrices, feature_share=0.5).stats["features"] == 2 * 4
+    assert_close(merge(matrices, feature_share=0.5).tensor, merge(matrices, rank=4).tensor)
+    assert merge(matrices, feature_share=0.01).stats["features"] == 2
+
+
+def test_distance_to_all_features_is_recorded_where_it_is_asked_for():
+    matrices = random_tensors(3, 9, 12)
+    merged, whole = merge(matrices, rank=3, check_share=1.0), merge(matrices)
+    distance = float((merged.tensor - whole.tensor).norm() / whole.tensor.norm())
+    assert merged.stats["distance_to_all_features"] == pytest.approx(distance, rel=1e-6)
+    assert torch.equal(merged.tensor, merge(matrices, rank=3).tensor)
+    assert "distance_to_all_features" not in merge(matrices, rank=3).stats
+    assert "distance_to_all_features" not in merge(matrices, check_share=1.0).stats  # nothing was left out
+
+
+def test_sample_of_checked_matrices_has_the_share_asked_for():
+    checked = sum(
+        "distance_to_all_features" in merge(random_tensors(2, 3, 3, seed=seed), rank=1, check_share=0.25).stats
+        for seed in range(200)
+    )
+    assert 30 < checked < 70
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.95])
+def test_energy_of_large_matrices_is_held(energy):
+    matrices = large_tasks()
+    merged = merge(matrices, energy=energy)
+    exact = merge(matrices, energy=energy, decomposition="exact")
+    assert exact.stats["features"] <= merged.stats["features"] <= 1.5 * exact.stats["features"] + 8
+    assert merged.stats["worst"] < 1e-5

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superpose.backends import Backend
+from superpose.maths.feature_gram import FeatureGram
 from superpose.maths.matrices import acts_as_matrix, as_matrices
 from superpose.maths.measures import effective_rank, subspace_overlap
 from superpose.maths.svd import Features, thin_svd
 from superpose.merge_tensor import Context, Part, parts_of
-from superpose.methods.stf import feature_gram
 from superpose.planning import CHUNK, WorkItem
 
 LEADING = 16
@@ -165,6 +165,6 @@ def _condition(tasks: Sequence[Features]) -> float:
     strongest = [task.take(0, SYSTEM) for task in tasks if task.count]
     if len(strongest) < 2:
         return 1.0
-    values = torch.linalg.eigvalsh(feature_gram(strongest).double())
+    values = torch.linalg.eigvalsh(FeatureGram(strongest).dense().double())
     smallest = float(values[0].clamp_min(float(values[-1]) * torch.finfo(torch.float32).eps))
     return float(values[-1]) / smallest

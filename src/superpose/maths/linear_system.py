@@ -1,10 +1,14 @@
-"""Symmetric positive semidefinite systems with unit diagonal: fast when regular, least squares when not."""
+"""Symmetric positive semidefinite systems with unit diagonal: fast when regular, least squares when not.
+
+The matrix is anything that can be multiplied by vectors; only small systems, and those that iterations do not solve,
+are ever written out.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,9 +22,43 @@ CUTOFF = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Eigenvalues below this share of the largest count as zero."""
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """Relative residual at which a solution is accepted."""
+MOST_DENSE = 6144
+"""Up to this size a system that iterations do not solve is written out in float64, and takes 1.2 GiB."""
 MOST_ITERATIONS = 300
-LANCZOS_STEPS = 24
+FEWEST_PROBES = 8
+MOST_PROBES = 24
 INVERSE_ITERATIONS = 8
+
+
+@runtime_checkable
+class SymmetricOperator(Protocol):
+    """A symmetric matrix, written out or not."""
+
+    size: int
+    dtype: torch.dtype
+
+    def times(self, vectors: Float[Tensor, "size columns"]) -> Float[Tensor, "size columns"]:
+        """Return the matrix times each column, in new memory."""
+        ...
+
+    def dense(self) -> Float[Tensor, "size size"]:
+        """Return the matrix written out."""
+        ...
+
+
+class Dense:
+    """A symmetric matrix that is written out."""
+
+    def __init__(self, matrix: Float[Tensor, "size size"]) -> None:
+        self.matrix, self.size, self.dtype = matrix, len(matrix), matrix.dtype
+
+    def times(self, vectors: Float[Tensor, "size columns"]) -> Float[Tensor, "size columns"]:
+        """Return the matrix times each column."""
+        return self.matrix @ vectors
+
+    def dense(self) -> Float[Tensor, "size size"]:
+        """Return the matrix."""
+        return self.matrix
 
 
 @dataclass(frozen=True)
@@ -29,7 +67,8 @@ class Solution:
 
     Args:
         x: solution, or the least-squares solution of minimum norm.
-        rank: eigenvalues that count as nonzero; from `cg` the size, which a consistent singular system can pass for.
+        rank: eigenvalues that count as nonzero; from an iteration the size, which a consistent singular system can
+            pass for.
         residual: ||gram x - right side|| / ||right side||, of the system without ridge.
         condition: largest over smallest nonzero eigenvalue of gram + ridge; exact from `eigh`, else an estimate that
             can be too small.
@@ -44,7 +83,7 @@ class Solution:
 
 
 def solve_psd(
-    gram: Float[Tensor, "size size"],
+    gram: Float[Tensor, "size size"] | SymmetricOperator,
     right: Float[Tensor, " size"],
     *,
     ridge: float = 0.0,
@@ -54,7 +93,8 @@ def solve_psd(
 
     "auto": small systems by eigendecomposition; others by conjugate gradients (the spectrum sits near 1 unless tasks
     share features), checked by the true residual; then Cholesky; then, for a singular or inconsistent system, the
-    truncated eigendecomposition, which gives the least-squares solution of minimum norm.
+    truncated eigendecomposition, which gives the least-squares solution of minimum norm. Beyond `MOST_DENSE` unknowns
+    conjugate gradients on the normal equations take the place of both: slower, and in constant memory.
 
     Args:
         gram: symmetric, positive semidefinite, diagonal near 1.
@@ -65,59 +105,154 @@ def solve_psd(
     Returns:
         The solution in the dtype of `right`.
     """
+    operator = Dense(gram) if isinstance(gram, Tensor) else gram
     size, dtype = len(right), right.dtype
-    if size <= SMALL or solver in ("direct", "eigh"):
-        gram, right = gram.double(), right.double()
+    cutoff = CUTOFF[dtype]
     if solver == "eigh" or (solver == "auto" and size <= SMALL):
-        return _by_eigh(gram, right, ridge, dtype)
-    low, high = _extreme_eigenvalues(gram)
-    condition = (high + ridge) / max(low + ridge, CUTOFF[dtype] * high)
-    if low + ridge > CUTOFF[dtype] * (high + ridge):
-        if solver != "direct":
-            x = _by_conjugate_gradients(gram, right, ridge)
-            if x is not None:
-                return Solution(x.to(dtype), size, _residual(gram, x, right), condition, "cg")
-        found = _by_cholesky(gram.double(), right.double(), ridge, CUTOFF[dtype] * (high + ridge), TOLERANCE[dtype])
+        return _by_eigh(operator, right.double(), ridge, dtype)
+    exact = size <= SMALL or solver == "direct"
+    tried = _iterate(Dense(operator.dense().double()) if exact else operator, right.double() if exact else right, ridge)
+    low, high = tried.low, tried.high
+    condition = (high + ridge) / max(low + ridge, cutoff * high)
+    regular = low + ridge > cutoff * (high + ridge)
+    if regular and solver != "direct" and tried.x is not None:
+        residual = _residual(operator, tried.x.to(operator.dtype), right.to(operator.dtype))
+        return Solution(tried.x.to(dtype), size, residual, condition, "cg")
+    if size > MOST_DENSE and solver == "auto":
+        x = _by_normal_equations(operator, right, ridge)
+        return Solution(x, size, _residual(operator, x, right), condition, "cgnr")
+    if regular:
+        matrix = operator.dense().double()
+        found = _by_cholesky(matrix, right.double(), ridge, cutoff * (high + ridge), TOLERANCE[dtype])
         if found is not None:
             x, lowest = found
-            residual = _residual(gram.double(), x, right.double())
+            residual = _residual(Dense(matrix), x, right.double())
             return Solution(x.to(dtype), size, residual, (high + ridge) / lowest, "direct")
-    return _by_eigh(gram.double(), right.double(), ridge, dtype)
+    return _by_eigh(operator, right.double(), ridge, dtype)
 
 
-def _by_eigh(gram: Tensor, right: Tensor, ridge: float, dtype: torch.dtype) -> Solution:
+def _by_eigh(operator: SymmetricOperator, right: Tensor, ridge: float, dtype: torch.dtype) -> Solution:
     """Least squares of minimum norm: eigenvalues below the cut-off count as zero and are left out."""
-    values, vectors = torch.linalg.eigh(gram)
+    matrix = operator.dense().double()
+    values, vectors = torch.linalg.eigh(matrix)
     kept = values + ridge > CUTOFF[dtype] * (values[-1] + ridge)
     values, vectors = values[kept] + ridge, vectors[:, kept]
     x = vectors @ ((vectors.T @ right) / values)
     condition = float(values[-1] / values[0])
-    return Solution(x.to(dtype), int(kept.sum()), _residual(gram, x, right), condition, "eigh")
+    return Solution(x.to(dtype), int(kept.sum()), _residual(Dense(matrix), x, right), condition, "eigh")
 
 
-def _by_conjugate_gradients(gram: Tensor, right: Tensor, ridge: float) -> Tensor | None:
-    """Return the solution, or None where the iteration does not reach the tolerance."""
-    tolerance = TOLERANCE[right.dtype]
-    norm = float(right.norm())
+@dataclass(frozen=True)
+class _Tried:
+    """What conjugate gradients came to: the solution, if they reached it, and the ends of the spectrum."""
+
+    x: Tensor | None
+    low: float
+    high: float
+
+
+def _iterate(gram: SymmetricOperator, right: Tensor, ridge: float) -> _Tried:
+    """Run conjugate gradients, and Lanczos steps from a fixed random vector on the same products.
+
+    A product with two vectors reads the matrix once, so the probe of the spectrum comes nearly free. It sees what the
+    right side may have nothing of: a direction in which the system is singular.
+    """
+    tolerance, norm = TOLERANCE[right.dtype], float(right.norm())
+    probe = _Lanczos(gram.size, right)
     x = torch.zeros_like(right)
-    residual = right.clone()
-    direction = residual.clone()
+    residual, direction = right.clone(), right.clone()
     squared = float(residual.dot(residual))
-    for _ in range(MOST_ITERATIONS):
-        if math.sqrt(squared) <= 0.1 * tolerance * norm:
+    solved = squared == 0
+    for step in range(MOST_ITERATIONS):
+        probing = not probe.ended and step < MOST_PROBES
+        if solved and (step >= FEWEST_PROBES or not probing):
             break
-        image = gram @ direction + ridge * direction
+        vectors = [direction] * (not solved) + [probe.vector] * probing
+        images = gram.times(torch.stack(vectors, dim=1))
+        if probing:
+            probe.add(images[:, -1])
+        if solved:
+            continue
+        image = images[:, 0] + ridge * direction
         curvature = float(direction.dot(image))
         if curvature <= 0:
-            return None
-        step = squared / curvature
-        x += step * direction
-        residual -= step * image
+            return _Tried(None, *probe.ends())
+        length = squared / curvature
+        x += length * direction
+        residual -= length * image
         before, squared = squared, float(residual.dot(residual))
         direction = residual + (squared / before) * direction
+        solved = math.sqrt(squared) <= 0.1 * tolerance * norm
+        if step == MOST_PROBES:
+            low, high = probe.ends()
+            if low + ridge <= CUTOFF[right.dtype] * (high + ridge):
+                return _Tried(None, low, high)  # singular, and no longer hoped for
     # The recurrence drifts from the truth; what is accepted is the residual computed afresh.
-    true = float((right - gram @ x - ridge * x).norm())
-    return x if true <= tolerance * norm else None
+    true = float((right - gram.times(x[:, None])[:, 0] - ridge * x).norm())
+    return _Tried(x if true <= tolerance * norm else None, *probe.ends())
+
+
+class _Lanczos:
+    """Lanczos steps from a fixed random vector: the ends of the spectrum, estimated from inside."""
+
+    def __init__(self, size: int, like: Tensor) -> None:
+        self.vector = _start_vector(size, like)
+        self.ended = False
+        self._basis, self._diagonal, self._beside = [self.vector], [], []
+
+    def add(self, image: Tensor) -> None:
+        """Take the matrix times the last vector."""
+        self._diagonal.append(float(self.vector.dot(image)))
+        known = torch.stack(self._basis)
+        for _ in range(2):  # once loses orthogonality, twice is enough
+            image = image - known.T @ (known @ image)
+        length = float(image.norm())
+        if length < 1e-6 or len(self._basis) == len(image):
+            self.ended = True
+            return
+        self._beside.append(length)
+        self.vector = image / length
+        self._basis.append(self.vector)
+
+    def ends(self) -> tuple[float, float]:
+        """Return the smallest and the largest eigenvalue as far as they are known."""
+        steps = len(self._diagonal)
+        if steps == 0:
+            return 1.0, 1.0
+        tridiagonal = torch.diag(torch.tensor(self._diagonal, dtype=torch.float64))
+        if steps > 1:
+            beside = torch.tensor(self._beside[: steps - 1], dtype=torch.float64)
+            tridiagonal += torch.diag(beside, 1) + torch.diag(beside, -1)
+        values = torch.linalg.eigvalsh(tridiagonal)
+        return float(values[0]), float(values[-1])
+
+
+def _by_normal_equations(gram: SymmetricOperator, right: Tensor, ridge: float) -> Tensor:
+    """Return the least-squares solution of minimum norm, as far as the iterations take it.
+
+    Conjugate gradients on gram gram x = gram right, from zero: what is left of the right side outside the range never
+    enters, and directions of tiny eigenvalues enter last.
+    """
+
+    def times(vector: Tensor) -> Tensor:
+        return gram.times(vector[:, None])[:, 0] + ridge * vector
+
+    tolerance = TOLERANCE[right.dtype]
+    x, left = torch.zeros_like(right), right.clone()
+    gradient = times(left)
+    direction, squared = gradient.clone(), float(gradient.dot(gradient))
+    first = squared
+    for _ in range(MOST_ITERATIONS):
+        if squared <= tolerance**2 * first:
+            break
+        image = times(direction)
+        length = squared / float(image.dot(image))
+        x += length * direction
+        left -= length * image
+        gradient = times(left)
+        before, squared = squared, float(gradient.dot(gradient))
+        direction = gradient + (squared / before) * direction
+    return x
 
 
 def _by_cholesky(
@@ -129,7 +264,7 @@ def _by_cholesky(
     if int(info) != 0:
         return None
     # A matrix that rounding has made regular still factorises: the smallest eigenvalue, by inverse iteration, tells.
-    vector, lowest = _start_vector(gram), float("inf")
+    vector, lowest = _start_vector(len(gram), gram), float("inf")
     for _ in range(INVERSE_ITERATIONS):
         image = torch.cholesky_solve(vector[:, None], factor)[:, 0]
         lowest = 1 / float(image.norm())
@@ -142,36 +277,12 @@ def _by_cholesky(
     return (x, lowest) if accepted else None
 
 
-def _start_vector(gram: Tensor) -> Tensor:
+def _start_vector(size: int, like: Tensor) -> Tensor:
     """Return a unit vector that is the same for every matrix of this size, and special to none."""
-    vector = torch.randn(len(gram), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return (vector / vector.norm()).to(gram)
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (vector / vector.norm()).to(like)
 
 
-def _extreme_eigenvalues(gram: Tensor) -> tuple[float, float]:
-    """Estimate the smallest and largest eigenvalue from inside, by Lanczos steps from a fixed random vector."""
-    size = len(gram)
-    basis, diagonal, off_diagonal = [_start_vector(gram)], [], []
-    for _ in range(min(LANCZOS_STEPS, size)):
-        image = gram @ basis[-1]
-        diagonal.append(float(basis[-1].dot(image)))
-        known = torch.stack(basis)
-        for _ in range(2):  # once loses orthogonality, twice is enough
-            image = image - known.T @ (known @ image)
-        length = float(image.norm())
-        if length < 1e-6:
-            break
-        off_diagonal.append(length)
-        basis.append(image / length)
-    steps = len(diagonal)
-    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    if steps > 1:
-        beside = torch.tensor(off_diagonal[: steps - 1], dtype=torch.float64)
-        tridiagonal += torch.diag(beside, 1) + torch.diag(beside, -1)
-    values = torch.linalg.eigvalsh(tridiagonal)
-    return float(values[0]), float(values[-1])
-
-
-def _residual(gram: Tensor, x: Tensor, right: Tensor) -> float:
+def _residual(gram: SymmetricOperator, x: Tensor, right: Tensor) -> float:
     norm = float(right.norm())
-    return float((gram @ x - right).norm()) / norm if norm else 0.0
+    return float((gram.times(x[:, None])[:, 0] - right).norm()) / norm if norm else 0.0

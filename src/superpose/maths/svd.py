@@ -1,4 +1,15 @@
-"""Singular features of a task matrix: only those that carry something, accurate down to the cut."""
+"""Singular features of a task matrix: only those that carry something, accurate down to the cut.
+
+Three routes to one decomposition. All of them are exact to the rounding of the matrix itself:
+
+    LAPACK's      small matrices, and all in float64
+    double Gram   eigenvectors of the smaller Gram matrix in float64: squaring costs half the digits, and float64 has
+                  them to spare; twice as fast as LAPACK's in float32, and two digits more exact
+    single Gram   the same in float32 with the weak end redone, again twice as fast: for matrices whose strengths lie
+                  close together, which have little for float32 to lose
+
+Where only the leading features are asked for, `leading_svd` finds about those, far faster, by subspace iteration.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +21,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 SMALL = 128
-"""Up to this size, float32's cut lies below what a Gram matrix in float64 resolves."""
+"""Up to this size LAPACK's decomposition is as fast as any other."""
+ROUNDING = 16
+"""Rounding a matrix to its dtype moves a singular value by a few eps of the largest, whatever the size."""
+LARGE = 512
+"""From this size on float32 saves enough time to be worth its rounding."""
+FLAT = 6.0
+"""Largest square of a singular value, over their mean, at which float32's Gram matrix resolves them."""
+WEAK = 0.1
+"""Below this share of the largest, strengths from float32's Gram matrix are redone."""
+LAST = 64
+"""So few weak features are redone in float64."""
+FIRST_ORDER = 1e-3
+"""Largest rotation that is corrected to first order: its square is rounding."""
+SMALL_SKETCH = 256
+"""Smallest side of a matrix whose leading features are worth a sketch."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +59,14 @@ class Features:
         """Return the matrix these features add up to."""
         return (self.u * self.s) @ self.vh
 
+    @property
+    def T(self) -> Features:  # noqa: N802 - as of a matrix
+        """The features of the transposed matrix."""
+        return Features(self.vh.T, self.s, self.u.T)
+
 
 def thin_svd(matrix: Float[Tensor, "out in_"]) -> Features:
     """Return the singular features of a matrix, those of numerical rank only.
-
-    float32 goes through the eigenvectors of the smaller Gram matrix in float64: about three times faster than a
-    decomposition in float32 for oblong matrices and no slower for square ones. Squaring costs half the digits, which
-    float64 has to spare: at the cut (see `numerical_rank`) singular values are still right to about 1e-6 relative.
-    Small matrices, whose cut is lower, and float64 input have no digits to spare and take the decomposition itself.
 
     Args:
         matrix: finite, float32 or float64.
@@ -50,17 +75,67 @@ def thin_svd(matrix: Float[Tensor, "out in_"]) -> Features:
         Features in the dtype of the matrix; none for a zero matrix.
     """
     out, in_ = matrix.shape
-    exact = matrix.double()
-    if matrix.dtype != torch.float64 and max(out, in_) > SMALL:
-        u, s, vh = _by_gram_matrix(exact)
-    elif out < in_:  # the driver is faster on tall matrices
-        v, s, uh = torch.linalg.svd(exact.T, full_matrices=False)
-        u, vh = uh.T, v.T
+    if out > in_:
+        return thin_svd(matrix.T).T
+    if matrix.dtype == torch.float64 or in_ <= SMALL:
+        scale, found = 1.0, _by_lapack(matrix.double())
     else:
-        u, s, vh = torch.linalg.svd(exact, full_matrices=False)
-    rank = numerical_rank(s, max(out, in_), matrix.dtype)
-    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-    return Features(u.to(matrix.dtype).contiguous(), s.to(matrix.dtype), vh.to(matrix.dtype).contiguous())
+        scale, matrix = _near_one(matrix)
+        single = out >= LARGE and _is_flat(matrix)
+        found = _by_single_gram(matrix) if single else _by_double_gram(matrix)
+    rank = numerical_rank(found.s, in_, matrix.dtype)
+    found = found.take(0, rank)
+    return Features(found.u.to(matrix.dtype), (found.s / scale).to(matrix.dtype), found.vh.to(matrix.dtype))
+
+
+def leading_svd(matrix: Float[Tensor, "out in_"], count: int) -> Features:
+    """Return about the strongest features of a matrix, by subspace iteration from a sketch.
+
+    Halko, Martinsson and Tropp 2011, arXiv:0909.4061, Algorithms 4.4 and 5.1, with one power iteration and an eighth
+    more directions than asked for; the sketch adds up columns with random signs, which costs one reading. Each feature
+    answers as the matrix does, u . matrix v = s; together they hold nearly as much of it as the strongest do, the
+    nearer the faster its strengths fall. Where that would save little, the strongest themselves.
+
+    Args:
+        matrix: finite, float32 or float64.
+        count: features wanted.
+
+    Returns:
+        At most `count` features of numerical rank, orthonormal, strongest first.
+    """
+    out, in_ = matrix.shape
+    if out > in_:
+        return leading_svd(matrix.T, count).T
+    wide = count + max(8, count // 8)
+    if out < SMALL_SKETCH or 3 * wide > out:
+        return thin_svd(matrix).take(0, count)
+    scale, matrix = _near_one(matrix)
+    sketch = torch.linalg.qr(_add_up_columns(matrix, wide))[0]
+    basis = torch.linalg.qr(matrix @ (matrix.T @ sketch))[0]
+    core = thin_svd(basis.T @ matrix).take(0, count)
+    return Features(basis @ core.u, core.s / scale, core.vh)
+
+
+def leading_by_energy(matrix: Float[Tensor, "out in_"], energy: float) -> Features:
+    """Return about the strongest features of a matrix that hold a share of its squared norm (see `leading_svd`).
+
+    Args:
+        matrix: finite, float32 or float64.
+        energy: share in [0, 1).
+
+    Returns:
+        The features, strongest first.
+    """
+    size = min(matrix.shape)
+    norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+    count = max(SMALL_SKETCH // 8, size // 16)
+    while size >= SMALL_SKETCH and 3 * count <= size:  # doubled until they hold enough, or the whole costs no more
+        found = leading_svd(matrix, count)
+        held = found.s.double().square().cumsum(0)
+        if found.count and float(held[-1]) >= energy * norm**2:
+            return found.take(0, int(torch.searchsorted(held, energy * norm**2)) + 1)
+        count *= 2
+    return leading(thin_svd(matrix), None, energy)
 
 
 def svd_of_product(left: Float[Tensor, "out inner"], right: Float[Tensor, "inner in_"]) -> Features:
@@ -78,13 +153,18 @@ def svd_of_product(left: Float[Tensor, "out inner"], right: Float[Tensor, "inner
 
 
 def numerical_rank(s: Float[Tensor, " rank"], size: int, dtype: torch.dtype) -> int:
-    """Return how many singular values exceed size * eps(dtype) * the largest.
+    """Return how many singular values are more than rounding noise of a matrix of this size and dtype.
 
-    Smaller ones are rounding noise, and their directions arbitrary: as constraints they would change the merge.
+    The directions of smaller ones are arbitrary: as constraints they would change the merge. In float64 the cut is the
+    usual size * eps * the largest, which bounds what the decomposition itself leaves in place of a zero. A matrix in
+    float32 is decomposed more exactly than it is known; rounding its entries moves a singular value by an eps or so of
+    the largest, whatever the size, and the usual cut would take features of large matrices that are there: here the
+    factor ends at 16.
     """
     if len(s) == 0 or s[0] == 0:
         return 0
-    return int((s > size * torch.finfo(dtype).eps * s[0]).sum())
+    factor = size if dtype == torch.float64 else min(size, ROUNDING)
+    return int((s > factor * torch.finfo(dtype).eps * s[0]).sum())
 
 
 def leading(features: Features, rank: int | None, energy: float) -> Features:
@@ -114,16 +194,103 @@ def without_ends(features: Features, smallest: float, largest: float) -> Feature
     return features.take(first, max(first, last))
 
 
-def _by_gram_matrix(matrix: Float[Tensor, "out in_"]) -> tuple[Tensor, Tensor, Tensor]:
-    out, in_ = matrix.shape
-    tall = out >= in_
-    gram = matrix.T @ matrix if tall else matrix @ matrix.T
-    squares, vectors = torch.linalg.eigh(gram)
+def _by_lapack(matrix: Float[Tensor, "out in_"]) -> Features:
+    v, s, uh = torch.linalg.svd(matrix.T, full_matrices=False)  # the driver is faster on tall matrices
+    return Features(uh.T, s, v.T)
+
+
+def _by_double_gram(matrix: Float[Tensor, "out in_"]) -> Features:
+    """Decompose a float32 matrix, no taller than wide, by its Gram matrix in float64."""
+    exact = matrix.double()
+    squares, vectors = torch.linalg.eigh(_gram(exact))
     s = squares.flip(0).clamp_min(0).sqrt()
-    vectors = vectors.flip(1)
-    # Only directions that may survive the caller's cut are divided by their strength.
-    rank = numerical_rank(s, max(out, in_), torch.float32)
-    s, vectors = s[:rank], vectors[:, :rank]
-    if tall:
-        return (matrix @ vectors) / s, s, vectors.T
-    return vectors, s, (vectors.T @ matrix) / s[:, None]
+    # Only directions that survive the caller's cut are divided by their strength.
+    rank = numerical_rank(s, matrix.shape[1], matrix.dtype)
+    uh, s = vectors.T.flip(0)[:rank], s[:rank]
+    strong = int((s > WEAK * s[0]).sum()) if rank else 0
+    vh = matrix.new_empty(rank, matrix.shape[1])
+    torch.mm(uh[:strong].to(matrix), matrix, out=vh[:strong])
+    # Float32's rounding is relative to the strongest: too coarse for what is far weaker.
+    vh[strong:] = uh[strong:] @ exact
+    return Features(uh.to(matrix).T, s, vh.div_(s[:, None].to(matrix)))
+
+
+def _by_single_gram(matrix: Float[Tensor, "out in_"]) -> Features:
+    """Decompose a flat float32 matrix, no taller than wide, by its Gram matrix in float32.
+
+    Rounding mixes features k and l by eps s_1^2 / |s_k^2 - s_l^2|: harmless where both are strong. Weak ones are taken
+    apart from the strong, to first order, and decomposed again among themselves, where the largest is no longer s_1.
+    """
+    uh = torch.linalg.eigh(_gram(matrix))[1].T.flip(0)
+    answers = uh @ matrix  # row k is s_k v_k
+    first = 0
+    while True:
+        s = answers.norm(dim=1)
+        weak = int((s > WEAK * s[first]).sum())
+        left = len(s) - weak
+        if left == 0:
+            break
+        wide = torch.float64 if left <= LAST else torch.float32
+        u, v = uh[weak:].to(wide), answers[weak:]
+        v = u @ matrix.to(wide) if left <= LAST else v
+        strong_u, strong_v = uh[:weak].to(wide), answers[:weak].to(wide)
+        angles = (v @ strong_v.T) / (strong_v.square().sum(dim=1) - v.square().sum(dim=1)[:, None])
+        # At the border pairs can be equally strong: those stay as they are, which is as exact as float32 knows them.
+        angles = torch.where(angles.abs() < FIRST_ORDER, angles, angles.new_zeros(()))
+        uh[:weak] += (angles.T @ u).to(uh)
+        answers[:weak] += (angles.T @ v).to(uh)
+        u, v = u - angles @ strong_u, v - angles @ strong_v
+        turn = torch.linalg.eigh(_gram(v))[1].T.flip(0)
+        uh[weak:], answers[weak:] = turn @ u, turn @ v
+        if left <= LAST:
+            break
+        first = weak
+    s, order = answers.norm(dim=1).sort(descending=True, stable=True)
+    vh = answers.index_select(0, order).div_(s[:, None].clamp_min(torch.finfo(s.dtype).tiny))
+    return Features(uh.index_select(0, order).T, s, vh)
+
+
+def _gram(matrix: Float[Tensor, "out in_"]) -> Float[Tensor, "out out"]:
+    """Return matrix @ matrix.T, each half of it computed once."""
+    size = len(matrix)
+    if size <= 2 * SMALL:
+        return matrix @ matrix.T
+    half = size // 2
+    gram = matrix.new_empty(size, size)
+    gram[:half, :half] = _gram(matrix[:half])
+    gram[half:, half:] = _gram(matrix[half:])
+    gram[half:, :half] = matrix[half:] @ matrix[:half].T
+    gram[:half, half:] = gram[half:, :half].T
+    return gram
+
+
+def _add_up_columns(matrix: Float[Tensor, "out in_"], count: int) -> Float[Tensor, "out count"]:
+    """Return `count` sums of columns with random signs, each column in one of them: a sketch of the range."""
+    columns = matrix.shape[1]
+    signs = torch.randint(0, 2, (columns,), generator=torch.Generator().manual_seed(0)).to(matrix) * 2 - 1
+    sketch = matrix.new_zeros(len(matrix), count)
+    for start in range(0, columns, count):  # by whole blocks: picking single columns costs more than a product
+        stop = min(start + count, columns)
+        sketch[:, : stop - start].addcmul_(matrix[:, start:stop], signs[start:stop])
+    return sketch
+
+
+def _near_one(matrix: Float[Tensor, "out in_"]) -> tuple[float, Float[Tensor, "out in_"]]:
+    """Return a power of two, and the matrix times it, so that squares of its entries neither vanish nor overflow."""
+    low, high = torch.aminmax(matrix)
+    largest = max(-float(low), float(high))
+    if largest == 0 or 2.0**-20 < largest < 2.0**20:
+        return 1.0, matrix
+    scale = 2.0 ** -math.frexp(largest)[1]
+    return scale, matrix * scale
+
+
+def _is_flat(matrix: Float[Tensor, "out in_"]) -> bool:
+    """Return whether the strongest feature is not far stronger than the mean one."""
+    # A lower bound of the largest singular value, by power iteration: a few products with a vector.
+    vector = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0)).to(matrix)
+    norm = 0.0
+    for _ in range(8):
+        image = matrix.T @ (vector / vector.norm())
+        norm, vector = float(image.norm()), matrix @ image
+    return norm**2 * len(matrix) <= FLAT * float(matrix.norm()) ** 2

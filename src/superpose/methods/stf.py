@@ -10,12 +10,14 @@ biases, embeddings and heads the scaled sum. Without shared features it is task 
 direction it keeps each one's strength instead of adding them up; where they contradict each other it takes the least
 squares answer and says so. Use density 1 for LLMs; the best scaling factor falls as tasks are added.
 
-Cost: T decompositions of each matrix, and a system of T min(out, in) unknowns. Prefer it for several tasks on one base
-that share leading directions, which `superpose compare` shows; where they share none it equals trimmed task arithmetic.
+Cost: T decompositions of each matrix, and a system of T min(out, in) unknowns; with `feature_share` 0.2 a tenth of
+that or less. Prefer it for several tasks on one base that share leading directions, which `superpose compare` shows;
+where they share none it equals trimmed task arithmetic.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -26,11 +28,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superpose.kinds import MATRIX_KINDS, Kind
-from superpose.maths.linear_system import TOLERANCE, Solution, Solver, solve_psd
+from superpose.maths.feature_gram import FeatureGram, add_up, block_bytes
+from superpose.maths.linear_system import MOST_DENSE, TOLERANCE, Solution, Solver, solve_psd
 from superpose.maths.matrices import acts_as_matrix
-from superpose.maths.sparsify import Cuts, apply_cuts, keep_largest
+from superpose.maths.sparsify import Cuts, apply_cuts, count_kept, keep_largest
 from superpose.maths.streaming import MagnitudeSurvey
-from superpose.maths.svd import Features, leading, thin_svd, without_ends
+from superpose.maths.svd import Features, leading, leading_by_energy, leading_svd, thin_svd, without_ends
 from superpose.options import Range
 from superpose.registry import Breach, Caution, Cost, Merged, merge_method
 
@@ -54,6 +57,12 @@ class StfOptions:
     """Most features kept of each task matrix, the strongest first; none keeps all."""
     energy: Annotated[float, Range(0, 1)] = 1.0
     """Share of each task matrix's squared norm that the kept features hold."""
+    feature_share: Annotated[float, Range(0, 1)] = 1.0
+    """Share of min(out, in) features kept of each task matrix, the strongest; 0.2 is many times faster."""
+    decomposition: Literal["auto", "exact"] = "auto"
+    """How leading features are found: auto by a sketch where that is much faster, exact by a full decomposition."""
+    check_share: Annotated[float, Range(0, 1)] = 0.0
+    """Share of the matrices also merged with all features, to record how far the result is from that."""
     remove_smallest: Annotated[float, Range(0, 1)] = 0.0
     """Fraction of each task's features removed from the weak end (the paper's Figure 5a)."""
     remove_largest: Annotated[float, Range(0, 1)] = 0.0
@@ -83,12 +92,18 @@ def stf_cost(shape: Sequence[int], tasks: int, options: StfOptions) -> Cost:
     """Return what one matrix takes: decompositions, the system, and its assembly."""
     out, in_ = shape[0], prod(shape[1:])
     small = min(out, in_)
-    features = tasks * min(small, options.rank or small)
-    numbers = (tasks + 1) * out * in_ + 2 * features * (out + in_)
-    # The system in float64, its eigenvectors and work space: what the slowest route takes.
-    in_double = 3 * out * in_ + 4 * small**2 + 4 * features**2
-    flops = tasks * (2.0 * out * in_ * small + 12 * small**3) + features**2 * (out + in_ + 60)
-    return Cost(4 * numbers + 8 * in_double, flops)
+    wanted = _wanted(options, small)
+    count = small if wanted is None else wanted
+    features = tasks * count
+    kept = 4 * ((tasks + 1) * out * in_ + features * (out + in_))
+    # One matrix and its Gram matrix in float64, with eigenvectors and work space.
+    decomposing = 16 * out * in_ + 32 * small**2
+    solving = block_bytes([count] * tasks, torch.float32)
+    if features <= MOST_DENSE:
+        solving += 32 * features**2  # written out in float64, with eigenvectors: what the slowest route takes
+    flops = tasks * (2.0 * out * in_ * small + 12 * small**3) if wanted is None else 10.0 * tasks * out * in_ * wanted
+    flops += features**2 * (out + in_) + 2.0 * features * out * in_
+    return Cost(kept + max(decomposing, solving), flops)
 
 
 @merge_method(
@@ -162,19 +177,19 @@ def superpose_features(tasks: Sequence[Features], *, ridge: float = 0.0, solver:
     Returns:
         The matrix, and how well it answers.
     """
-    u = torch.cat([task.u for task in tasks], dim=1)
-    vh = torch.cat([task.vh for task in tasks])
     s = torch.cat([task.s for task in tasks])
-    gram = feature_gram(tasks)
+    gram = FeatureGram(tasks)
     solution = solve_psd(gram, s, ridge=ridge, solver=solver)
-    misses = (gram @ solution.x.to(gram) - s).abs() / s.max()
+    counts = [task.count for task in tasks]
+    misses = (gram.times(solution.x.to(s)[:, None])[:, 0] - s).abs() / s.max()
+    del gram  # its blocks are the largest thing here
     worst = float(misses.max())
     conflicting: tuple[int, ...] = ()
     tolerance = 100 * TOLERANCE[s.dtype]
     if ridge == 0 and worst > tolerance:
-        by_task = misses.split([task.count for task in tasks])
+        by_task = misses.split(counts)
         conflicting = tuple(i for i, part in enumerate(by_task) if len(part) and float(part.max()) > tolerance)
-    return Superposition((u * solution.x) @ vh, len(s), solution, worst, conflicting)
+    return Superposition(add_up(tasks, solution.x.to(s).split(counts)), len(s), solution, worst, conflicting)
 
 
 def _merge_stack(matrices: Float[Tensor, "tasks *shape"], kind: Kind, options: StfOptions) -> Merged:
@@ -217,32 +232,56 @@ def _merge_matrices(matrices: Float[Tensor, "tasks out in_"], options: StfOption
         "solver": found.solution.solver,
     }
     # In float64 no square of a float32 vanishes.
-    together = sum(float(task.s.double().norm()) for task in tasks)
-    stats["growth"] = float(found.matrix.double().norm()) / together if together else 0.0
+    together = sum(float(torch.linalg.vector_norm(task.s, dtype=torch.float64)) for task in tasks)
+    norm = float(torch.linalg.vector_norm(found.matrix, dtype=torch.float64))
+    stats["growth"] = norm / together if together else 0.0
+    if not _keeps_all_features(options) and _is_checked(matrices, options.check_share):
+        stats["distance_to_all_features"] = _distance_to_all_features(found.matrix, matrices, options)
     return Merged(found.matrix.reshape(shape), stats, _cautions(found, present, stats["growth"]))
 
 
 def _features(matrix: Float[Tensor, "out in_"], options: StfOptions) -> Features:
     """Return the features of one task that take part."""
-    features = without_ends(thin_svd(matrix), options.remove_smallest, options.remove_largest)
-    return leading(features, options.rank, options.energy)
+    wanted = _wanted(options, min(matrix.shape))
+    keeps_ends = options.remove_smallest == options.remove_largest == 0
+    if options.decomposition == "auto" and keeps_ends and wanted is not None:
+        features = leading_svd(matrix, wanted)
+    elif options.decomposition == "auto" and keeps_ends and options.energy < 1:
+        return leading_by_energy(matrix, options.energy)
+    else:
+        features = without_ends(thin_svd(matrix), options.remove_smallest, options.remove_largest)
+    return leading(features, wanted, options.energy)
+
+
+def _wanted(options: StfOptions, size: int) -> int | None:
+    """Return how many of a matrix's features are asked for by number, None for all of them."""
+    counts = [] if options.rank is None else [options.rank]
+    if options.feature_share < 1:
+        counts.append(count_kept(options.feature_share, size))
+    return min(*counts, size) if counts else None
+
+
+def _is_checked(matrices: Float[Tensor, "tasks out in_"], share: float) -> bool:
+    """Return whether these matrices are in the sample: by their content, so that every run takes the same."""
+    if share in (0, 1):
+        return share == 1
+    row = matrices[0, 0].contiguous().numpy(force=True)
+    return int.from_bytes(hashlib.sha256(row.tobytes()).digest()[:6], "big") < share * 2**48
+
+
+def _distance_to_all_features(
+    merged: Float[Tensor, "out in_"], matrices: Float[Tensor, "tasks out in_"], options: StfOptions
+) -> float:
+    """Return how far a merge of some features is from that of all, relative to the latter's norm."""
+    tasks = [thin_svd(matrix) for matrix in matrices]
+    whole = superpose_features(tasks, ridge=options.ridge, solver=options.solver).matrix
+    norm = float(torch.linalg.vector_norm(whole, dtype=torch.float64))
+    return float(torch.linalg.vector_norm(merged - whole, dtype=torch.float64)) / norm if norm else 0.0
 
 
 def _keeps_all_features(options: StfOptions) -> bool:
-    return options.rank is None and options.energy == 1 and options.remove_smallest == 0 and options.remove_largest == 0
-
-
-def feature_gram(tasks: Sequence[Features]) -> Float[Tensor, "features features"]:
-    """Return G_ab = (u_a . u_b)(v_a . v_b): identity within a task, each block between two tasks formed once."""
-    counts = [task.count for task in tasks]
-    starts = [sum(counts[:index]) for index in range(len(counts))]
-    gram = torch.eye(sum(counts), dtype=tasks[0].s.dtype, device=tasks[0].s.device)
-    for i, (first, row) in enumerate(zip(tasks, starts, strict=True)):
-        for second, column in zip(tasks[i + 1 :], starts[i + 1 :], strict=True):
-            block = (first.u.T @ second.u).mul_(first.vh @ second.vh.T)
-            gram[row : row + first.count, column : column + second.count] = block
-            gram[column : column + second.count, row : row + first.count] = block.T
-    return gram
+    limits = options.feature_share, options.energy
+    return options.rank is None and limits == (1, 1) and options.remove_smallest == options.remove_largest == 0
 
 
 def _cautions(found: Superposition, present: Sequence[int], growth: float) -> tuple[Caution, ...]:
