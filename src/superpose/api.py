@@ -21,7 +21,7 @@ from superpose.checkpoints.names import kind_of
 from superpose.comparison import Comparison, compare_items, group_tensors, suggestions
 from superpose.errors import SuperposeError
 from superpose.kinds import Kind
-from superpose.merge_tensor import Context, close_readers
+from superpose.parts import Context, close_readers
 from superpose.planning import Plan, Settings, WorkItem, make_plan, plan_tensors, shared_memory
 from superpose.recipe import ModelEntry, Recipe, load_recipe, parse_bytes
 from superpose.records import RunRecord

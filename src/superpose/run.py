@@ -23,8 +23,9 @@ from superpose.checkpoints.sidecars import copy_sidecars
 from superpose.checkpoints.writer import StreamWriter, as_bytes
 from superpose.errors import raise_all
 from superpose.journal import Journal
-from superpose.merge_tensor import Context, close_readers, merge_item, survey_item
+from superpose.merge_tensor import merge_item, survey_item
 from superpose.output_folder import locked, make_partial, publish, remove_strangers, settle_replaced
+from superpose.parts import Context, close_readers
 from superpose.planning import Plan, WorkItem, check_output, code_digest
 from superpose.plug_ins import plug_in_digest
 from superpose.records import RECORD_FILE, RunRecord, TensorRecord

@@ -16,7 +16,7 @@ from superpose.maths.feature_gram import FeatureGram
 from superpose.maths.matrices import acts_as_matrix, as_matrices
 from superpose.maths.measures import effective_rank, subspace_overlap
 from superpose.maths.svd import Features, thin_svd
-from superpose.merge_tensor import Context, Part, parts_of
+from superpose.parts import Context, Part, parts_of
 from superpose.planning import CHUNK, WorkItem
 
 LEADING = 16

@@ -1,0 +1,140 @@
+"""The inputs of one work item: the maps that a tensor holds, read in pieces from the files of all models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from superpose.checkpoints.folder import formats
+from superpose.checkpoints.headers import Reader, TensorHeader, TensorInMemory
+from superpose.errors import SuperposeError
+from superpose.maths.finite import is_finite
+from superpose.maths.randomness import Generator
+from superpose.maths.streaming import TensorChunks
+from superpose.planning import WorkItem
+from superpose.registry import find_method
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all items of a merge share.
+
+    Args:
+        task_names: one per tuned model.
+        weights: one per tuned model.
+        device: where the arithmetic is done.
+        measure: whether to measure how well each task's features survive.
+        seed: of random numbers.
+    """
+
+    task_names: tuple[str, ...]
+    weights: tuple[float, ...]
+    device: torch.device
+    measure: bool
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One map of a tensor (the whole of it, or one of a fused projection), as contiguous views of the files."""
+
+    item: WorkItem
+    context: Context
+    name: str
+    base: Tensor
+    tuned: tuple[Tensor, ...]
+
+    def chunks(self, size: int) -> TensorChunks:
+        """Return the part's task vectors (or weights, if its method acts on them), read in pieces."""
+        return TensorChunks(
+            len(self.tuned), self.base.numel(), size, self.stacked, self.context.weights,
+            tuple(self.base.shape), self.item.kind, self.generator,
+        )  # fmt: skip
+
+    @property
+    def generator(self) -> Generator:
+        """The part's random numbers."""
+        return Generator(self.context.seed, self.name, self.context.task_names)
+
+    def stacked(self, start: int, stop: int) -> Tensor:
+        """Return entries start..stop of the flattened task vectors (or weights).
+
+        Args:
+            start: first entry.
+            stop: one past the last entry.
+
+        Returns:
+            New memory, shape (tasks, entries).
+
+        Raises:
+            SuperposeError: an input holds NaN or infinity.
+        """
+        on_weights = find_method(self.item.method).acts_on == "weights"
+        base = None if on_weights else self.base_piece(start, stop)
+        # New memory, never a view of a file: what a method does to it cannot reach the inputs.
+        stacked = torch.empty((len(self.tuned), stop - start), dtype=self.item.compute, device=self.context.device)
+        for row, tensor in zip(stacked, self.tuned, strict=True):
+            row.copy_(tensor.reshape(-1)[start:stop])
+            if base is not None:
+                row -= base
+        if not is_finite(stacked) or (base is None and not is_finite(self.base_piece(start, stop))):
+            raise self._not_finite(start, stop)
+        return stacked
+
+    def base_piece(self, start: int, stop: int) -> Tensor:
+        """Return entries start..stop of the flattened base, in the dtype and on the device of the arithmetic."""
+        return self.base.reshape(-1)[start:stop].to(self.context.device, self.item.compute)
+
+    def _not_finite(self, start: int, stop: int) -> SuperposeError:
+        """Return an error that names the input with NaN or infinity in it."""
+        for header, tensor in zip((self.item.base, *self.item.tuned), (self.base, *self.tuned), strict=True):
+            bad = int((~torch.isfinite(tensor.reshape(-1)[start:stop])).sum())
+            if bad and header is not None:
+                return SuperposeError(
+                    f"{bad} entries are NaN or infinite",
+                    where=f"{header.file}, tensor {header.name}",
+                    mend="use a checkpoint without them, or keep the base's tensor by a rule",
+                )
+        return SuperposeError(
+            "a difference of finite weights is infinite",
+            where=f"{self.item.base.file}, tensor {self.item.name}",
+            mend="the models differ by more than float32 can hold; check that they belong together",
+        )
+
+
+def parts_of(item: WorkItem, context: Context) -> Iterator[Part]:
+    """Yield the maps that a tensor holds: itself, or each of a fused projection."""
+    tensors = [read_tensor(header) for header in (item.base, *item.tuned) if header is not None]
+    if item.parts is None:
+        yield Part(item, context, item.name, tensors[0], tuple(tensors[1:]))
+        return
+    axis, sizes = item.parts
+    blocks = [tensor.split(list(sizes), dim=axis) for tensor in tensors]
+    for number, (base, *tuned) in enumerate(zip(*blocks, strict=True)):
+        name = f"{item.name}#{number}"
+        yield Part(item, context, name, base.contiguous(), tuple(tensor.contiguous() for tensor in tuned))
+
+
+def close_readers() -> None:
+    """Close all input files that were kept open."""
+    _reader.cache_clear()
+
+
+def read_tensor(header: TensorHeader) -> Tensor:
+    """Return a tensor as a view of its file (or as it is, if it is in memory): never written to."""
+    if isinstance(header, TensorInMemory):
+        return header.tensor
+    status = header.file.stat()
+    return _reader(header.file, status.st_size, status.st_mtime_ns).read(header.name)
+
+
+@lru_cache(maxsize=1024)
+def _reader(file: Path, size: int, changed: int) -> Reader:
+    """Open a file once; again if it was written anew."""
+    del size, changed
+    return formats()[file.suffix].open(file)
