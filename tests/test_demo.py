@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import superpose
+from superpose.cache_folder import cache_folder
 from superpose.demo import DemoResult, Row, run_demo, table_rows
 from superpose.demo import run as demo_run
 from superpose.demo.downloads import Archive, fetch, fetch_all, unpack
-from superpose.demo.folders import complete_folder, default_cache
+from superpose.demo.folders import complete_folder
 from superpose.demo.splits import Example, balanced, in_digest_order, sameness, split
 from superpose.demo.tasks import TASKS, Examples, load
 from superpose.errors import SuperposeError
@@ -150,11 +151,11 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("SUPERPOSE_CACHE", str(tmp_path / "mine"))
-    assert default_cache() == tmp_path / "mine"
+    assert cache_folder() == tmp_path / "mine"
     monkeypatch.delenv("SUPERPOSE_CACHE")
-    assert default_cache() == tmp_path / "superpose"
+    assert cache_folder() == tmp_path / "superpose"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache() == Path.home() / ".cache" / "superpose"
+    assert cache_folder() == Path.home() / ".cache" / "superpose"
 
 
 def numbered(count: int, label: str = "a") -> list[Example]:

@@ -10,10 +10,11 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from superpose.checkpoints import known_architectures
 from superpose.kinds import Kind
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ def read_architecture(folder: Path | None, config: Mapping[str, Any], tensors: i
     """
     if folder is None or "model_type" not in config:
         return Architecture(reason="no config.json with a model_type")
+    place = known_architectures.place_of(config, tensors, Path(__file__))
+    if (known := _recalled(known_architectures.recall(place))) is not None:
+        return known
     try:
         import torch
         import transformers
@@ -71,9 +75,21 @@ def read_architecture(folder: Path | None, config: Mapping[str, Any], tensors: i
             )
             build = getattr(model_class, "_from_config", None) or model_class.from_config
             model = build(loaded)
-            return _read_modules(model)
+            found = _read_modules(model)
     except Exception as error:  # any failure of the library leaves names and shapes, and is shown as the reason
         return Architecture(reason=f"transformers could not build it: {str(error).strip().partition(chr(10))[0][:120]}")
+    known_architectures.keep(place, asdict(found))
+    return found
+
+
+def _recalled(content: Any) -> Architecture | None:
+    """Return what was written by `read_architecture` before; None for anything else."""
+    try:
+        kinds = {str(name): Kind(kind) for name, kind in content["kinds"].items()}
+        groups = {str(name): int(count) for name, count in content["groups"].items()}
+        return Architecture(kinds, groups, {str(name): str(other) for name, other in content["tied"].items()})
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
 
 
 def _most_layers(config: Mapping[str, Any]) -> int:

@@ -1,23 +1,14 @@
-"""Where the demo keeps things, and folders that are either complete or not there."""
+"""Folders that are either complete or not there."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL_PREFIX = "partial-"
-
-
-def default_cache() -> Path:
-    """Return `$SUPERPOSE_CACHE`, else `superpose` under `$XDG_CACHE_HOME` or `~/.cache`."""
-    if named := os.environ.get("SUPERPOSE_CACHE"):
-        return Path(named).expanduser()
-    caches = os.environ.get("XDG_CACHE_HOME")
-    return (Path(caches) if caches else Path.home() / ".cache") / "superpose"
 
 
 @contextlib.contextmanager

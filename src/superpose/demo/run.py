@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from superpose.cache_folder import cache_folder
 from superpose.demo.downloads import Archive, fetch_all
-from superpose.demo.folders import default_cache, scratch_folder
+from superpose.demo.folders import scratch_folder
 from superpose.demo.result import DemoResult, Row
 from superpose.demo.tasks import TASKS, load
 from superpose.errors import SuperposeError
@@ -49,7 +50,7 @@ def run_demo(cache: Path | None = None, *, output: Path | None = None, say: Say 
     Raises:
         SuperposeError: if transformers is not installed, a download fails, or `output` holds something else.
     """
-    home = (default_cache() if cache is None else cache) / "demo"
+    home = (cache_folder() if cache is None else cache) / "demo"
     demo = _Demo(home, home / "merged" if output is None else output, say)
     _check_output(demo.merged)
     _check_transformers()
