@@ -109,12 +109,13 @@ def _merge_in_pieces(part: Part, method: Method, survey: Any, sink: Sink) -> Out
     warnings: tuple[str, ...] = ()
     stats: dict[str, Any] = {}
     digest = hashlib.sha256()
-    for start, stacked in part.chunks(CHUNK):
-        stop = start + stacked.shape[1]
+    numel = part.base.numel()
+    for start in range(0, numel, CHUNK):
+        stop = min(start + CHUNK, numel)
+        stacked, base = part.read(start, stop)
         within = survey.within(start, stop) if survey is not None else None
-        base = part.base_piece(start, stop)
         merged = _call(method, part, stacked, base, within, part.generator.within(start))
-        sink.add(merged.tensor if method.acts_on == "weights" else merged.tensor + base)
+        sink.add(merged.tensor if method.acts_on == "weights" else base.add_(merged.tensor))
         sink.add_beside(merged.beside)
         warnings += _warnings(merged, part)
         stats = dict(merged.stats)  # a method that takes pieces has numbers of the whole model, or none
@@ -128,13 +129,13 @@ def _merge_in_pieces(part: Part, method: Method, survey: Any, sink: Sink) -> Out
 def _merge_whole(part: Part, method: Method, survey: Any, sink: Sink) -> Outcome:
     """Merge a part that its method has to see as a whole; measure it if that is asked for."""
     shape, numel = part.base.shape, part.base.numel()
-    stacked = part.stacked(0, numel).reshape(len(part.tuned), *shape)
-    base = part.base_piece(0, numel).reshape(shape)
+    stacked, base = part.read(0, numel)
+    stacked, base = stacked.reshape(len(part.tuned), *shape), base.reshape(shape)
     merged = _call(method, part, stacked, base, survey, part.generator)
     measures: Mapping[str, Any] = {}
     if part.context.measure and part.item.kind in MATRIX_KINDS:
         measures = _measure(part, method, stacked, base, survey)
-    sink.add(merged.tensor if method.acts_on == "weights" else merged.tensor + base)
+    sink.add(merged.tensor if method.acts_on == "weights" else base.add_(merged.tensor))
     sink.add_beside(merged.beside)
     stats = dict(merged.stats)
     if method.beside is not None:

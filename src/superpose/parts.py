@@ -61,34 +61,34 @@ class Part:
         """The part's random numbers."""
         return Generator(self.context.seed, self.name, self.context.task_names)
 
-    def stacked(self, start: int, stop: int) -> Tensor:
-        """Return entries start..stop of the flattened task vectors (or weights).
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return entries start..stop of the flattened task vectors (or weights), stacked, and of the base.
 
         Args:
             start: first entry.
             stop: one past the last entry.
 
         Returns:
-            New memory, shape (tasks, entries).
+            New memory in the dtype of the arithmetic: shape (tasks, entries), and shape (entries,).
 
         Raises:
             SuperposeError: an input holds NaN or infinity.
         """
-        on_weights = find_method(self.item.method).acts_on == "weights"
-        base = None if on_weights else self.base_piece(start, stop)
-        # New memory, never a view of a file: what a method does to it cannot reach the inputs.
-        stacked = torch.empty((len(self.tuned), stop - start), dtype=self.item.compute, device=self.context.device)
-        for row, tensor in zip(stacked, self.tuned, strict=True):
+        # New memory, never a view of a file: what is done to it cannot reach the inputs.
+        shape = (1 + len(self.tuned), stop - start)
+        pieces = torch.empty(shape, dtype=self.item.compute, device=self.context.device)
+        for row, tensor in zip(pieces, (self.base, *self.tuned), strict=True):
             row.copy_(tensor.reshape(-1)[start:stop])
-            if base is not None:
-                row -= base
-        if not is_finite(stacked) or (base is None and not is_finite(self.base_piece(start, stop))):
+        base, stacked = pieces[0], pieces[1:]
+        if find_method(self.item.method).acts_on == "task_vectors":
+            stacked -= base
+        if not is_finite(pieces):
             raise self._not_finite(start, stop)
-        return stacked
+        return stacked, base
 
-    def base_piece(self, start: int, stop: int) -> Tensor:
-        """Return entries start..stop of the flattened base, in the dtype and on the device of the arithmetic."""
-        return self.base.reshape(-1)[start:stop].to(self.context.device, self.item.compute)
+    def stacked(self, start: int, stop: int) -> Tensor:
+        """Return entries start..stop of the flattened task vectors (or weights), in new memory: see `read`."""
+        return self.read(start, stop)[0]
 
     def _not_finite(self, start: int, stop: int) -> SuperposeError:
         """Return an error that names the input with NaN or infinity in it."""

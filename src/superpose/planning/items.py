@@ -23,7 +23,7 @@ from superpose.plug_ins import plug_in_digest
 from superpose.recipe import Recipe
 from superpose.registry import Cost, find_method
 
-CHUNK = 1 << 19
+CHUNK = 1 << 18
 """Entries of a tensor in flight at a time, where a method works entry by entry: small enough for the caches."""
 SURVEY_CHUNK = 1 << 20
 """The same for surveys, whose counts cost a pass over all bins per chunk."""
