@@ -26,5 +26,7 @@ def weighted_mean(rows: Float[Tensor, "tasks *shape"], shares: Sequence[float]) 
     merged = rows[first].clone() if abs(total - 1) < 1e-12 else rows[first] * total
     for task, (share, row) in enumerate(zip(shares, rows, strict=True)):
         if task != first and share:
-            merged += share * (row - rows[first])
+            difference = row - rows[first]
+            difference *= share
+            merged += difference
     return merged

@@ -15,7 +15,10 @@ Aggregate = Literal["mean", "sum", "max"]
 def elect_signs(task_vectors: Float[Tensor, "tasks *shape"], tie_sign: float = 0.0) -> Float[Tensor, "*shape"]:
     """Return the sign of the tasks' sum, entry by entry; where the sum is zero, `tie_sign`."""
     # In float64 the order of the tasks does not decide what cancels.
-    signs = torch.sign(task_vectors.sum(dim=0, dtype=torch.float64)).to(task_vectors.dtype)
+    total = task_vectors[0].to(torch.float64, copy=True)
+    for task_vector in task_vectors[1:]:
+        total += task_vector
+    signs = total.sign_().to(task_vectors.dtype)
     if tie_sign == 0.0:
         return signs
     return torch.where(signs == 0, torch.full_like(signs, tie_sign), signs)
@@ -39,18 +42,23 @@ def disjoint_merge(
     Returns:
         The merged task vector.
     """
-    merged = torch.zeros_like(signs)
-    total = torch.zeros_like(signs)
+    merged, total = torch.zeros_like(signs), torch.zeros_like(signs)
+    chosen, agrees = torch.empty_like(signs), torch.empty_like(signs)
     for index, task_vector in enumerate(task_vectors):
         weight = 1.0 if weights is None else float(weights[index])
-        value = task_vector if weight == 1.0 else task_vector * weight
-        agrees = value * signs > 0
-        chosen = torch.where(agrees, value, value.new_zeros(()))
+        # Measured along the elected sign, what agrees is what is positive.
+        torch.mul(task_vector, signs, out=chosen)
+        if weight != 1.0:
+            chosen *= weight
+        chosen.clamp_min_(0)
         if aggregate == "max":
-            merged = torch.where(chosen.abs() > merged.abs(), chosen, merged)
-        else:
-            merged += chosen
-            total += agrees.to(total.dtype) * abs(weight)  # a bare product would be float32
+            torch.maximum(merged, chosen, out=merged)
+            continue
+        merged += chosen
+        if aggregate == "mean":
+            torch.sign(chosen, out=agrees)
+            total += agrees if abs(weight) == 1.0 else agrees.mul_(abs(weight))
     if aggregate == "mean":
-        merged = torch.where(total > 0, merged / total.clamp_min(torch.finfo(total.dtype).tiny), merged)
+        merged /= total.clamp_min_(torch.finfo(total.dtype).tiny)
+    merged *= signs
     return merged

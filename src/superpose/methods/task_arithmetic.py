@@ -55,6 +55,6 @@ def task_arithmetic(
     factors = [1.0] * len(task_vectors) if weights is None else weights.tolist()
     merged = factors[0] * task_vectors[0]
     for factor, task_vector in zip(factors[1:], task_vectors[1:], strict=True):
-        merged += factor * task_vector
+        merged += task_vector if factor == 1 else factor * task_vector
     merged *= options.scaling_factor
     return merged

@@ -137,7 +137,7 @@ def ties(
     trimmed = apply_cuts(task_vectors, survey.cuts)
     signs = elect_signs(_weighted(trimmed, weights), survey.tie_sign)
     merged = disjoint_merge(trimmed, signs, aggregate=options.aggregate, weights=weights)
-    return merged * options.scaling_factor
+    return merged if options.scaling_factor == 1 else merged.mul_(options.scaling_factor)
 
 
 def _weighted(
