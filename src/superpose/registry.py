@@ -91,6 +91,9 @@ class Cost:
 class Survey(Protocol):
     """Numbers that need every tensor of the model, measured in read-only passes before the merge.
 
+    A survey may know only on the way what it has to read: it then announces the most passes that it can need, reads
+    nothing in those that it does not, and tells by a method `reads(options, dtype)` how many it needs as a rule.
+
     Each pass maps every tensor to a value; values are added to the first with `+=`, in plan order, so that rounding
     does not depend on who computed what first. A value waits for its turn: that of a small tensor has to be small.
     Memory then stays constant in the size of the model. `chunks` is a tensor's stacked task vectors (or weights), read
@@ -162,6 +165,12 @@ class Method:
     def sees_whole(self, kind: Kind) -> bool:
         """Whether a tensor of this kind has to be in memory as a whole."""
         return kind in self.whole_for
+
+    def reads(self, options: Any, dtype: Any) -> int:
+        """Return how often its survey reads the model, as a rule."""
+        if self.survey is None:
+            return 0
+        return getattr(self.survey, "reads", self.survey.passes)(options, dtype)
 
     def __call__(self, tensors: Tensor, options: Any, **available: Any) -> Merged:
         """Call the function with what it wants of `available`, and return a `Merged`."""

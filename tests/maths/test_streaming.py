@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from superpose.maths.samples import take_sample
 from superpose.maths.sparsify import apply_cuts, keep_largest
 from superpose.maths.streaming import MagnitudeSurvey, TensorChunks
 
@@ -142,12 +143,85 @@ def test_zero_is_the_threshold_where_more_is_kept_than_there_is():
     assert_same(kept_by_streaming(model, Options(0.9), 2), model.tensors)
 
 
-def test_float32_takes_two_passes_float64_three_and_uncut_models_none():
+def test_uncut_models_and_tensors_by_themselves_take_no_passes_and_float32_one_as_a_rule():
     survey = MagnitudeSurvey()
-    assert survey.passes(Options(0.2), torch.float32) == 2
-    assert survey.passes(Options(0.2), torch.float64) == 3
+    assert survey.reads(Options(0.2), torch.float32) == 1
+    assert survey.reads(Options(0.2), torch.float64) == 3
     for options in (Options(0.0), Options(1.0), Options(0.2, "tensor")):
-        assert survey.passes(options, torch.float32) == 0
+        assert survey.passes(options, torch.float32) == survey.reads(options, torch.float32) == 0
+
+
+SIZE = 300_001
+RNG = np.random.default_rng(7)
+
+
+def skewed(values):
+    """Sampled entries tell nothing of the others: zeros and ones, where others are `values`."""
+    tensor = torch.full((1, SIZE), float("nan"))
+    sampled = torch.zeros(SIZE, dtype=torch.bool)
+
+    def read(start, stop):
+        sampled[start:stop] = True
+        return tensor[:, start:stop]
+
+    take_sample(TensorChunks(1, SIZE, SIZE, read), 32)
+    array = values.astype(np.float32).copy()
+    array[:, sampled.numpy()] = RNG.integers(0, 2, (len(values), int(sampled.sum())))
+    return array
+
+
+DISTRIBUTIONS = {
+    "normal": RNG.standard_normal((2, SIZE)),
+    "few values": RNG.integers(-4, 5, (2, SIZE)) * 2.0**-13,
+    "common values among others": np.where(RNG.random((2, SIZE)) < 0.9, 0.5, RNG.standard_normal((2, SIZE))),
+    "all alike": np.full((2, SIZE), -3.0),
+    "zeros": np.zeros((2, SIZE)),
+    "nearly all zero": np.where(RNG.random((2, SIZE)) < 1e-4, 1.0, 0.0),
+    "wide": 10.0 ** RNG.uniform(-44, 38, (2, SIZE)),
+    "rows of their own scale": np.repeat(10.0 ** RNG.uniform(-3, 3, (2, 301)), 1000, axis=1)[:, :SIZE]
+    * RNG.standard_normal((2, 301_000))[:, :SIZE],
+    "sampled small": skewed(RNG.uniform(5, 6, (2, SIZE))),
+    "sampled large": skewed(RNG.uniform(1e-9, 1e-8, (2, SIZE))),
+    "sampled between": skewed(np.where(RNG.random((2, SIZE)) < 0.5, 0.25, 7.0)),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.999])
+def test_whatever_the_sample_says_the_cut_is_that_of_a_sort(name, scope, density):
+    array = DISTRIBUTIONS[name].astype(np.float32)
+    parts = (
+        {"all": array} if scope == "tensor" else dict(zip("abc", np.split(array, (1, 280_000), axis=1), strict=True))
+    )
+    model = Model(parts)
+    assert_same(kept_by_streaming(model, Options(density, scope), 1 << 20), kept_by_sorting(model, density))
+
+
+@quick
+@given(st.integers(1, 5), st.lists(st.integers(0, 9_000), min_size=1, max_size=6), st.integers(0, 2**31))
+def test_pieces_of_a_model_with_many_ties_cut_it_alike(tasks, sizes, seed):
+    rng = np.random.default_rng(seed)
+    model = Model(
+        {str(n): rng.integers(-5, 6, (tasks, size)).astype(np.float32) / 7 for n, size in enumerate([*sizes, 40_000])}
+    )
+    assert_same(kept_by_streaming(model, Options(0.3), 4_099), kept_by_sorting(model, 0.3))
+
+
+def test_passes_after_the_threshold_is_found_read_nothing():
+    array = DISTRIBUTIONS["few values"].astype(np.float32)
+    survey, options, reads = MagnitudeSurvey(), Options(0.2), []
+
+    def read(start, stop):
+        reads[-1] += stop - start
+        return torch.from_numpy(array)[:, start:stop]
+
+    chunks, state = TensorChunks(2, SIZE, 1 << 20, read), None
+    for step in range(survey.passes(options, torch.float32)):
+        reads.append(0)
+        state = survey.finish(step, survey.measure(step, "all", chunks, state, options), state, options, torch.float32)
+    assert reads[0] < SIZE / 200
+    assert reads[1:] == [SIZE, 0, 0, 0]
 
 
 def test_partial_sums_may_be_formed_in_groups():

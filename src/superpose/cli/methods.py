@@ -69,7 +69,7 @@ def _passes(method: Method) -> int:
     """Return the survey passes of the default options."""
     import torch
 
-    return method.survey.passes(method.options(), torch.float32) if method.survey is not None else 0
+    return method.reads(method.options(), torch.float32)
 
 
 def _as_json(method: Method) -> dict[str, Any]:

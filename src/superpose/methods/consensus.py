@@ -8,7 +8,7 @@ An entry that no task relies on, or one task alone, is left at the base (`agreem
 nothing. Asked for more tasks than there are, all of them have to agree. Tasks that are alike erase each other: with T
 of them a task stands against T - 1, and its mask holds only while 1 > threshold (T - 1).
 
-Cost: one pass, piece by piece; two passes more for `over: ties`. Prefer it for many different tasks, where entries that
+Cost: one pass, piece by piece; one pass more for `over: ties`. Prefer it for many different tasks, where entries that
 serve one task alone hurt the others. With two or three tasks it drops a lot.
 """
 
@@ -64,6 +64,10 @@ class ConsensusSurvey:
     def passes(self, options: ConsensusOptions, dtype: torch.dtype) -> int:
         """Return the passes for the thresholds."""
         return self.magnitudes.passes(options.trim(), dtype)
+
+    def reads(self, options: ConsensusOptions, dtype: torch.dtype) -> int:
+        """Return how often the model is read as a rule."""
+        return self.magnitudes.reads(options.trim(), dtype)
 
     def measure(self, step: int, name: str, chunks: TensorChunks, state, options: ConsensusOptions):
         """Return one tensor's counts."""

@@ -7,7 +7,7 @@
 Dropping takes the place of TIES' trimming, so nothing is trimmed by default. Entries dropped by all tasks stay at the
 base. `aggregate: sum` adds up what agrees instead.
 
-Cost: one pass, piece by piece, with one random number per entry and task; two passes more where `ties_density` trims
+Cost: one pass, piece by piece, with one random number per entry and task; one pass more where `ties_density` trims
 over the model. Prefer it over `dare` where tasks disagree in sign.
 """
 
@@ -63,6 +63,10 @@ class DareTiesSurvey:
     def passes(self, options: DareTiesOptions, dtype: torch.dtype) -> int:
         """Return the passes for TIES' thresholds."""
         return self.ties.passes(options.of_ties(), dtype)
+
+    def reads(self, options: DareTiesOptions, dtype: torch.dtype) -> int:
+        """Return how often the model is read as a rule."""
+        return self.ties.reads(options.of_ties(), dtype)
 
     def measure(self, step: int, name: str, chunks: TensorChunks, state, options: DareTiesOptions) -> Any:
         """Return one tensor's counts."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from superpose.kinds import MATRIX_KINDS, Kind
 from superpose.maths.matrices import acts_as_matrix, as_matrices
 from superpose.maths.randomness import Generator
-from superpose.maths.streaming import TensorChunks
+from superpose.maths.streaming import TensorChunks, search_is_over
 from superpose.maths.svd import Features, thin_svd
 from superpose.methods.dare_ties import DareTiesOptions, DareTiesSurvey, dare_ties
 from superpose.methods.task_arithmetic import TaskArithmeticOptions, task_arithmetic
@@ -97,9 +97,15 @@ class KnotsSurvey:
         """Return the passes for the thresholds."""
         return self.merger.passes(options.of_merger(), dtype)
 
+    def reads(self, options: KnotsOptions, dtype: torch.dtype) -> int:
+        """Return how often the model is read as a rule: to align its matrices takes as long for a sample of them."""
+        rest = self.merger.reads(options.of_merger(), dtype)
+        return rest + (rest > 0)
+
     def measure(self, step: int, name: str, chunks: TensorChunks, state, options: KnotsOptions) -> Any:
         """Return the counts of one tensor's aligned entries."""
-        return self.merger.measure(step, name, _aligned(chunks, options), state, options.of_merger())
+        entries = chunks if search_is_over(state) else _aligned(chunks, options)
+        return self.merger.measure(step, name, entries, state, options.of_merger())
 
     def finish(self, step: int, total: Any, state, options: KnotsOptions, dtype: torch.dtype) -> Any:
         """Return the state of the search."""

@@ -6,8 +6,8 @@
 The threshold is one per task over the whole model. Where one task alone has a mask its update is copied in full; an
 entry outside all masks stays at the base. The paper's other form learns the masks from a few examples.
 
-Cost: two streaming passes and the merge, piece by piece. Prefer it for many tasks whose updates are sparse: it leaves
-most of the base untouched, and interferes little.
+Cost: one streaming pass as a rule and the merge, piece by piece. Prefer it for many tasks whose updates are sparse: it
+leaves most of the base untouched, and interferes little.
 """
 
 from __future__ import annotations

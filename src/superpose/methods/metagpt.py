@@ -7,7 +7,7 @@ The coefficients add up to 1: a weighted average that favours the task that move
 The task vectors can be processed first, and the norms are those of what is left: `trim` keeps the largest `density` of
 the entries, `ties` those of them that agree with the elected sign (at density 1 too), `dare` drops and rescales.
 
-Cost: one streaming pass for the norms, two more where a threshold over the model is needed, and the merge, piece by
+Cost: one streaming pass for the norms, one more where a threshold over the model is needed, and the merge, piece by
 piece. Prefer it for two or three tasks of like importance when nothing can be tuned.
 """
 
@@ -87,6 +87,10 @@ class MetaGptSurvey:
     def passes(self, options: MetaGptOptions, dtype: torch.dtype) -> int:
         """Return the passes for the thresholds and one for the norms."""
         return self.magnitudes.passes(options.trim(), dtype) + 1
+
+    def reads(self, options: MetaGptOptions, dtype: torch.dtype) -> int:
+        """Return how often the model is read as a rule."""
+        return self.magnitudes.reads(options.trim(), dtype) + 1
 
     def measure(self, step: int, name: str, chunks: TensorChunks, state, options: MetaGptOptions) -> Any:
         """Return one tensor's counts, or in the last pass its tasks' squared norms."""

@@ -5,11 +5,11 @@
     merge    m = mean of the w_i t_i that have sign g, 0 where none has
     apply    merged = base + scaling_factor * m
 
-The threshold is one per task over the whole model, as in the paper (`density_scope: model`, found in two streaming
-passes), or one per task and tensor.
+The threshold is one per task over the whole model, as in the paper (`density_scope: model`, found in one streaming
+pass as a rule), or one per task and tensor.
 
-Cost: two streaming passes and the merge, piece by piece. Prefer it where tasks' updates are sparse and disagree in
-sign.
+Cost: one streaming pass as a rule and the merge, piece by piece. Prefer it where tasks' updates are sparse and disagree
+in sign.
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ class TiesSurvey:
     def passes(self, options: TiesOptions, dtype: torch.dtype) -> int:
         """Return the passes for the thresholds, and one for the majority sign if it is asked for."""
         return self.magnitudes.passes(options, dtype) + (options.tie == "majority")
+
+    def reads(self, options: TiesOptions, dtype: torch.dtype) -> int:
+        """Return how often the model is read as a rule."""
+        return self.magnitudes.reads(options, dtype) + (options.tie == "majority")
 
     def measure(self, step: int, name: str, chunks, state, options: TiesOptions) -> Any:
         """Return one tensor's counts, or in the last pass the sum of its elected signs."""

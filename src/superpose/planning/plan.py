@@ -63,13 +63,13 @@ class Plan:
 
     @property
     def bytes_surveyed(self) -> int:
-        """Bytes read beforehand, for numbers over the whole model; a tensor counts once for every pass."""
+        """Bytes read beforehand as a rule, for numbers over the whole model; a tensor counts once for every pass."""
         total = 0
         for item in self.items:
-            survey = find_method(item.method).survey if item.action == "merge" else None
-            if survey is not None:
+            if item.action == "merge":
                 headers = [header for header in (item.base, *item.tuned) if header]
-                total += survey.passes(item.options, item.compute) * sum(header.nbytes for header in headers)
+                times = find_method(item.method).reads(item.options, item.compute)
+                total += times * sum(header.nbytes for header in headers)
         return total
 
     @property
