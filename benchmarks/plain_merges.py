@@ -1,0 +1,214 @@
+"""Plain merges against mergekit: CPU and wall seconds, and peak anonymous memory, of whole runs of both programs.
+
+    python benchmarks/plain_merges.py --size 135m --out FOLDER --mergekit MERGEKIT_YAML [--report FILE] [--runs 3]
+
+FOLDER gets the family of llama_family.py, if it is not there, and the outputs, which are deleted again. MERGEKIT_YAML
+is the program of mergekit 0.1.5, in a virtual environment of its own, since its pins are not ours:
+
+    python -m venv mk && mk/bin/pip install mergekit==0.1.5       then --mergekit mk/bin/mergekit-yaml
+
+Both run with one arithmetic thread (OMP_NUM_THREADS=1), in turns, so that what else the machine does falls on both; the
+table has medians. mergekit runs with the flags that were best for it on a CPU (small shards, written beside), and once
+more at its defaults for the average. Ours runs one tensor after the other and, in rows of their own, by its default
+backend. CPU seconds are user and system time of the program and its children; memory is RssAnon, what a process holds
+beyond mapped files, over all its processes, sampled every 20 ms. Linux only.
+
+What is compared is not the same to the last bit. mergekit computes in the dtype of the files (bfloat16 here) and trims
+TIES tensor by tensor; ours computes in float32 and, as in the paper, trims over the whole model: the rows with
+`--density-scope tensor` trim as mergekit does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from llama_family import make_family
+
+BEST_FLAGS = ("--out-shard-size", "250M", "--async-write")
+SECONDS_BETWEEN_SAMPLES = 0.02
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a command of ours against one of mergekit.
+
+    Args:
+        name: what is compared.
+        method: mergekit's name of the method.
+        ours: our method and its options.
+        backend: options that choose it.
+        flags: of mergekit.
+    """
+
+    name: str
+    method: str
+    ours: tuple[str, ...]
+    backend: tuple[str, ...] = ("--backend", "serial")
+    flags: tuple[str, ...] = BEST_FLAGS
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run took."""
+
+    cpu: float
+    wall: float
+    memory: float
+
+
+SUM = ("--scaling-factor", "0.3")
+PLAIN = {
+    "average": ("linear", ("average",)),
+    "task_arithmetic": ("task_arithmetic", ("task_arithmetic", *SUM)),
+    "ties": ("ties", ("ties", "--density", "0.2", *SUM)),
+    "ties, by tensor": ("ties", ("ties", "--density", "0.2", "--density-scope", "tensor", *SUM)),
+    "dare_ties": ("dare_ties", ("dare_ties", "--density", "0.2", *SUM)),
+}
+
+
+def rows() -> list[Row]:
+    """Return the lines of the table."""
+    serial = [Row(name, method, ours) for name, (method, ours) in PLAIN.items()]
+    serial.insert(1, Row("average, mergekit's defaults", "linear", ("average",), flags=()))
+    return serial + [Row(f"{name}, default backend", method, ours, ()) for name, (method, ours) in PLAIN.items()]
+
+
+def mergekit_recipe(method: str, models: Sequence[Path]) -> str:
+    """Return mergekit's recipe for base and fine-tunes; JSON is YAML."""
+    base, *tuned = map(str, models)
+    parameters = {"weight": 1 / len(tuned) if method == "linear" else 0.3}
+    if "ties" in method:
+        parameters["density"] = 0.2
+    recipe = {
+        "merge_method": method,
+        "models": [{"model": model, "parameters": parameters} for model in tuned],
+        "dtype": "bfloat16",
+        **({"parameters": {"normalize": True}} if method == "linear" else {"base_model": base}),
+    }
+    return json.dumps(recipe, indent=2)
+
+
+def processes_of(root: int) -> list[int]:
+    """Return a process and all below it."""
+    found = [root]
+    for process in found:
+        for thread in Path(f"/proc/{process}/task").glob("*"):
+            try:
+                found += map(int, (thread / "children").read_text().split())
+            except (FileNotFoundError, ProcessLookupError):  # it has ended
+                continue
+    return found
+
+
+def anonymous_memory(process: int) -> int:
+    """Return the anonymous memory of a process in bytes, 0 when it is gone."""
+    try:
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return 0
+
+
+def measure(command: Sequence[str]) -> Run:
+    """Run a command to its end.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    before, start, peak = os.times(), time.perf_counter(), 0
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+        while process.poll() is None:
+            peak = max(peak, sum(map(anonymous_memory, processes_of(process.pid))))
+            time.sleep(SECONDS_BETWEEN_SAMPLES)
+        wall = time.perf_counter() - start
+        errors.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{errors.read().decode(errors='replace')}")
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return Run(cpu, wall, peak / 2**20)
+
+
+def median(runs: Sequence[Run]) -> Run:
+    """Return the medians, number by number."""
+    return Run(*(statistics.median(getattr(run, name) for run in runs) for name in ("cpu", "wall", "memory")))
+
+
+def compare(row: Row, models: Sequence[Path], mergekit: str, runs: int) -> tuple[Run, Run]:
+    """Return the medians of ours and of mergekit, run in turns."""
+    ours, theirs = [], []
+    for _ in range(runs):
+        with tempfile.TemporaryDirectory(dir=models[0].parent) as scratch:
+            out, recipe = Path(scratch) / "out", Path(scratch) / "recipe.yml"
+            method, *options = row.ours
+            command = [sys.executable, "-m", "superpose", "merge", *map(str, models), "-o", str(out), "--quiet"]
+            ours.append(measure([*command, "--method", method, *options, *row.backend]))
+            shutil.rmtree(out)
+            recipe.write_text(mergekit_recipe(row.method, models))
+            theirs.append(measure([mergekit, str(recipe), str(out), "--random-seed", "0", *row.flags]))
+    return median(ours), median(theirs)
+
+
+def line(row: Row, ours: Run, theirs: Run) -> str:
+    """Return one line of the table, ratios first."""
+    ratios = [f"{theirs.cpu / ours.cpu:.1f}", f"{theirs.wall / ours.wall:.1f}", f"{theirs.memory / ours.memory:.1f}"]
+    numbers = [f"{run.cpu:.1f} / {run.wall:.1f} / {run.memory:.0f}" for run in (ours, theirs)]
+    return f"| {' | '.join([row.name, *ratios, *numbers])} |"
+
+
+def main() -> None:
+    """Read the command line, measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--size", choices=("tiny", "135m", "1b"), default="135m")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the family")
+    parser.add_argument("--mergekit", required=True, help="the program mergekit-yaml of mergekit 0.1.5")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="names of rows")
+    parser.add_argument("--report", type=Path, help="file that gets the table too")
+    arguments = parser.parse_args()
+    if not (arguments.out / "base").exists():
+        make_family(arguments.out, arguments.size)
+    models = [arguments.out / "base", *sorted(arguments.out.glob("ft*"))]
+    ask = [
+        str(Path(arguments.mergekit).parent / "python"),
+        "-c",
+        "import importlib.metadata as m; print(m.version('mergekit'))",
+    ]
+    version = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    lines = [
+        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f};"
+        f" Python {platform.python_version()}, torch {torch.__version__}, mergekit {version}; {arguments.size}, {len(models) - 1} fine-tunes, bfloat16;"
+        f" medians of {arguments.runs}",
+        "",
+        "| merge | CPU, times less | wall | memory | ours: CPU s / wall s / MiB | mergekit: CPU s / wall s / MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    for row in rows():
+        if arguments.only and row.name not in arguments.only:
+            continue
+        lines.append(line(row, *compare(row, models, arguments.mergekit, arguments.runs)))
+        print(lines[-1], flush=True)
+    if arguments.report:
+        arguments.report.write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
