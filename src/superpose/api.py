@@ -19,6 +19,7 @@ from superpose.checkpoints.folder import Checkpoint, open_checkpoint
 from superpose.checkpoints.headers import TensorHeader
 from superpose.checkpoints.names import kind_of
 from superpose.comparison import Comparison, compare_items, group_tensors, suggestions
+from superpose.elsewhere import with_inputs_checked
 from superpose.errors import SuperposeError
 from superpose.kinds import Kind
 from superpose.parts import Context, close_readers
@@ -40,6 +41,7 @@ def merge(
     memory: int | str = "4GiB",
     measure: bool = False,
     overwrite: bool = False,
+    ray_address: str | None = None,
     report: Report | None = None,
 ) -> RunRecord:
     """Merge checkpoints into a folder.
@@ -50,11 +52,12 @@ def merge(
         recipe: a recipe, a mapping like it, or the path of a YAML file.
         output: folder of the result.
         device: "cpu", "cuda", "cuda:N" or "auto".
-        backend: "threads" or "serial"; the bytes are the same.
+        backend: "threads", "serial" or "ray"; the bytes are the same.
         workers: tensors at a time; None for one per core.
         memory: bytes in flight at most, such as "4GiB".
         measure: whether to measure how well each task's features survive (in the record).
         overwrite: whether an output of that name is replaced.
+        ray_address: of the cluster for the backend "ray": "auto" or host:port; None to start one on this machine.
         report: called with `Progress` as the merge goes on.
 
     Returns:
@@ -64,7 +67,7 @@ def merge(
         SuperposeError: the recipe, a file or a tensor is not as it should be.
         Problems: several of them are not.
     """
-    settings = Settings(device, backend, workers, _bytes(memory), measure, overwrite)
+    settings = Settings(device, backend, workers, _bytes(memory), measure, overwrite, ray_address)
     output = absolute(output)
     return run_plan(make_plan(load_recipe(recipe), settings, output), output, report)
 
@@ -79,6 +82,7 @@ def plan(
     memory: int | str = "4GiB",
     measure: bool = False,
     overwrite: bool = False,
+    ray_address: str | None = None,
 ) -> Plan:
     """Plan a merge and read no tensor: every decision, or every problem at once.
 
@@ -91,6 +95,7 @@ def plan(
         memory: as for `merge`.
         measure: as for `merge`.
         overwrite: as for `merge`.
+        ray_address: as for `merge`.
 
     Returns:
         The plan.
@@ -99,7 +104,7 @@ def plan(
         SuperposeError: the recipe or a file is not as it should be.
         Problems: several of them are not.
     """
-    settings = Settings(device, backend, workers, _bytes(memory), measure, overwrite)
+    settings = Settings(device, backend, workers, _bytes(memory), measure, overwrite, ray_address)
     return make_plan(load_recipe(recipe), settings, absolute(output) if output is not None else None)
 
 
@@ -231,6 +236,7 @@ def compare(
     backend: str = "threads",
     workers: int | None = None,
     memory: int | str = "4GiB",
+    ray_address: str | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
     """Compare fine-tunes before merging them, in one streaming pass.
@@ -241,9 +247,10 @@ def compare(
         names: one per fine-tune, for the tables; the last parts of the paths when not given.
         spectra: whether task matrices are decomposed, which takes most of the time.
         device: "cpu", "cuda", "cuda:N" or "auto".
-        backend: "threads" or "serial".
+        backend: "threads", "serial" or "ray".
         workers: tensors at a time; None for one per core.
         memory: bytes in flight at most, such as "4GiB".
+        ray_address: as for `merge`.
         report: called with the number of tensors done, and of all.
 
     Returns:
@@ -257,15 +264,17 @@ def compare(
     if len(called) != len(tuned):
         raise SuperposeError(f"{len(called)} names for {len(tuned)} models", where="names", mend="give one per model")
     models = [{"path": str(path), "name": name} for path, name in zip(tuned, called, strict=True)]
-    settings = Settings(device, backend, workers, _bytes(memory))
+    settings = Settings(device, backend, workers, _bytes(memory), ray_address=ray_address)
     made = make_plan(load_recipe({"base": str(base), "models": models, "method": "stf"}), settings)
     items = [item for item in made.items if item.action == "merge" and item.method == "stf"]
     task_names = made.recipe.task_names
     context = Context(task_names, made.weights, torch.device(device_of(device)), measure=False)
-    runner = make_backend(settings.backend, settings.workers, settings.memory)
+    runner = make_backend(settings.backend, settings.workers, settings.memory, settings.ray_address)
+    runner = with_inputs_checked(runner, items)
     try:
         tensors = compare_items(items, context, runner, spectra=spectra, report=report)
     finally:
+        runner.close()
         close_readers()
     if not tensors:
         raise SuperposeError("nothing to compare", where=str(base), mend="give checkpoints with weights")

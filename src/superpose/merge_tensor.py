@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import superpose.methods  # noqa: F401 - registers them, also in a process that begins by unpickling a function here
 from superpose.checkpoints.writer import as_bytes
 from superpose.errors import SuperposeError
 from superpose.kinds import MATRIX_KINDS, Kind

@@ -21,12 +21,14 @@ from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.headers import TORCH_DTYPES
 from superpose.checkpoints.sidecars import copy_sidecars
 from superpose.checkpoints.writer import StreamWriter, as_bytes
+from superpose.elsewhere import MergeElsewhere, merge_elsewhere, with_inputs_checked
 from superpose.errors import raise_all
 from superpose.journal import Journal
 from superpose.merge_tensor import merge_item, survey_item
 from superpose.output_folder import locked, make_partial, publish, remove_strangers, settle_replaced
+from superpose.own_code import code_digest
 from superpose.parts import Context, close_readers
-from superpose.planning import Plan, WorkItem, check_output, code_digest
+from superpose.planning import Plan, WorkItem, check_output
 from superpose.plug_ins import plug_in_digest
 from superpose.records import RECORD_FILE, RunRecord, TensorRecord
 from superpose.registry import find_method
@@ -74,9 +76,12 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None) -> RunRecor
     """
     started = time.perf_counter()
     partial_folder = output.with_name(output.name + ".partial")
-    backend = make_backend(plan.settings.backend, plan.settings.workers, plan.settings.memory)
+    settings = plan.settings
+    backend = make_backend(settings.backend, settings.workers, settings.memory, settings.ray_address)
+    backend = with_inputs_checked(backend, plan.items)
     with locked(partial_folder), contextlib.ExitStack() as ending:
         ending.callback(close_readers)
+        ending.callback(backend.close)
         settle_replaced(output)
         raise_all(check_output(plan.base, plan.tuned, output, overwrite=plan.settings.overwrite))
         make_partial(partial_folder)
@@ -151,7 +156,13 @@ def _merge_all(
         report(Progress("merge", len(records), len(plan.items), sum(sizes[name] for name in records), total))
 
     tell()
-    for _, record in backend.map(work, waiting, [item.memory for item in waiting]):
+    if backend.in_process:
+        results = backend.map(work, waiting, [item.memory for item in waiting])
+    else:
+        results = merge_elsewhere(
+            waiting, MergeElsewhere(surveys, context, plan.layout, writer.folder), backend, journal, writer
+        )
+    for _, record in results:
         records[record.name] = record
         tell()
     return [records[name] for name in sorted(records)]
@@ -273,7 +284,7 @@ def _make_record(
             "python": platform.python_version(),
             **_plug_ins(plan),
         },
-        settings={**asdict(plan.settings), "workers": backend.workers, "arithmetic_threads_per_worker": 1},
+        settings={**asdict(plan.settings), **backend.facts(), "arithmetic_threads_per_worker": 1},
         tensors=tuple(records),
         warnings=warnings,
         totals={

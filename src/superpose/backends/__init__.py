@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Protocol
@@ -13,7 +13,15 @@ from superpose.errors import SuperposeError, nearest
 class Backend(Protocol):
     """Applies a function to items, as many at a time as workers and memory allow."""
 
-    workers: int
+    @property
+    def workers(self) -> int:
+        """Items at a time; many for a cluster that was not asked yet."""
+        ...
+
+    @property
+    def in_process(self) -> bool:
+        """Whether functions run in this process: if not, they and their items are pickled."""
+        ...
 
     def map(
         self, function: Callable[[Any], Any], items: Sequence[Any], memory: Sequence[int]
@@ -30,27 +38,42 @@ class Backend(Protocol):
         """
         ...
 
+    def facts(self) -> Mapping[str, Any]:
+        """Return what a record says of where the work was done."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what was started or opened for the work."""
+        ...
+
 
 def backend_names() -> list[str]:
     """Return the names of the backends there are."""
     return sorted(module.name for module in iter_modules(__path__))
 
 
-def make_backend(name: str, workers: int | None, budget: int) -> Backend:
-    """Return a backend by name.
+def make_backend(name: str, workers: int | None, budget: int, address: str | None = None) -> Backend:
+    """Return a backend by name; it starts nothing before its first item.
 
     Args:
         name: such as "threads".
         workers: items at a time; None for one per core.
         budget: bytes in flight at most.
+        address: of a cluster, for the backend "ray".
 
     Returns:
         The backend.
 
     Raises:
-        SuperposeError: there is none of that name.
+        SuperposeError: there is none of that name, its package is not installed, or it does not take an address.
     """
     if name not in backend_names():
         mend = nearest(name, backend_names())
         raise SuperposeError(f"no backend is named '{name}'", where="--backend", mend=mend)
-    return import_module(f"superpose.backends.{name}").Backend(workers, budget)
+    backend = import_module(f"superpose.backends.{name}").Backend
+    if name == "ray":
+        return backend(workers, budget, address)
+    if address is not None:
+        mend = "add --backend ray, or leave the address out"
+        raise SuperposeError(f"the backend {name} takes no address", where=f"--ray-address {address}", mend=mend)
+    return backend(workers, budget)

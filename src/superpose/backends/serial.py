@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ import torch
 
 class Backend:
     """The backend without concurrency: the reference that others must agree with, byte for byte."""
+
+    in_process = True
 
     def __init__(self, workers: int | None, budget: int) -> None:
         del workers, budget
@@ -27,3 +29,10 @@ class Backend:
                 yield index, function(item)
         finally:
             torch.set_num_threads(threads)
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return how many items there were at a time."""
+        return {"workers": self.workers}
+
+    def close(self) -> None:
+        """Do nothing: it keeps nothing."""

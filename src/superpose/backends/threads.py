@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 
 class Backend:
     """A pool of threads with one arithmetic thread each; parallel over tensors, not inside them."""
+
+    in_process = True
 
     def __init__(self, workers: int | None, budget: int) -> None:
         self.workers = workers or available_cores()
@@ -41,6 +43,13 @@ class Backend:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(threads)
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return how many items there were at a time."""
+        return {"workers": self.workers}
+
+    def close(self) -> None:
+        """Do nothing: it keeps nothing."""
 
 
 def available_cores() -> int:

@@ -111,12 +111,16 @@ def formats() -> dict[str, Format]:
 
 def fingerprint(file: Path) -> str:
     """Return a text that changes when a weight file does: its place, size, times, inode, and first bytes."""
-    status = file.stat()
-    with file.open("rb") as stream:
-        head = hashlib.sha256(stream.read(1 << 20)).hexdigest()
+    status, head = file.stat(), content_mark(file)
     # The time of change of the inode cannot be set back, as copying tools do with that of the content.
     times = f"{status.st_mtime_ns}|{status.st_ctime_ns}|{status.st_ino}"
-    return f"{file.resolve()}|{status.st_size}|{times}|{head}"
+    return f"{file.resolve()}|{times}|{head}"
+
+
+def content_mark(file: Path) -> str:
+    """Return a text by which copies of a weight file on other machines can be told from others: size, first bytes."""
+    with file.open("rb") as stream:
+        return f"{file.stat().st_size}|{hashlib.sha256(stream.read(1 << 20)).hexdigest()}"
 
 
 def read_json(file: Path) -> Any:

@@ -143,7 +143,7 @@ class StreamWriter:
     """
 
     def __init__(self, folder: Path, layout: Layout) -> None:
-        self._layout = layout
+        self.folder, self._layout = folder, layout
         self._descriptors: dict[str, int] = {}
         try:
             for file in layout.all_files:
@@ -164,18 +164,22 @@ class StreamWriter:
         Returns:
             The bytes written.
         """
-        slot = self._layout.slots[name]
         data = as_bytes(tensor)
+        self.write_bytes(name, start, data)
+        return data
+
+    def write_bytes(self, name: str, start: int, data: memoryview) -> None:
+        """Write bytes of a tensor at their place, which is `start` bytes after the tensor's first."""
+        slot = self._layout.slots[name]
         if start < 0 or start + len(data) > slot.nbytes:
             raise AssertionError(f"{name}: bytes {start} to {start + len(data)} of {slot.nbytes}")
-        descriptor, place, left = self._descriptors[slot.file], slot.offset + start, data
+        descriptor, place, left = self._descriptor(slot.file), slot.offset + start, data
         while left:
             try:
                 written = os.pwrite(descriptor, left, place)
             except OSError as error:
                 raise _disk_error(error, slot.file) from error
             place, left = place + written, left[written:]
-        return data
 
     def digest(self, name: str) -> str:
         """Return the sha256 of the bytes that lie at a tensor's place."""
@@ -199,6 +203,28 @@ class StreamWriter:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+    def _descriptor(self, file: str) -> int:
+        return self._descriptors[file]
+
+
+class GuestWriter(StreamWriter):
+    """Writes into files that a `StreamWriter` of another process holds; opens what is written to, and makes nothing.
+
+    Args:
+        folder: where the files are.
+        layout: what goes where.
+    """
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder, self._layout = folder, layout
+        self._descriptors: dict[str, int] = {}
+
+    def _descriptor(self, file: str) -> int:
+        # Not for reading too: over NFS a page would be fetched, and written back with a neighbour's old bytes in it.
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self.folder / file, os.O_WRONLY)
+        return self._descriptors[file]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

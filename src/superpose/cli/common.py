@@ -39,7 +39,11 @@ Dtype = Annotated[str | None, typer.Option(help="Dtype of the output: base, floa
 Seed = Annotated[int | None, typer.Option(help="Seed of methods that draw random numbers.")]
 ShardSize = Annotated[str | None, typer.Option(help="Most bytes in a file, such as 5GB.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
-BackendName = Annotated[str, typer.Option("--backend", help="threads or serial; the bytes are the same.")]
+BackendName = Annotated[str, typer.Option("--backend", help="threads, serial or ray; the bytes are the same.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Cluster for --backend ray: auto or host:port; without, one is started on this machine."),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Tensors at a time; one per core by default.")]
 Memory = Annotated[str, typer.Option(help="Bytes in flight at most.")]
 Measure = Annotated[bool, typer.Option("--measure", help="Measure how well each task's features survive.")]

@@ -7,7 +7,7 @@ checks.py    device, backend, output, room on the disk
 """
 
 from superpose.planning.checks import check_output
-from superpose.planning.items import CHUNK, SURVEY_CHUNK, Settings, WorkItem, code_digest
+from superpose.planning.items import CHUNK, SURVEY_CHUNK, Settings, WorkItem
 from superpose.planning.plan import MASKS_FILE, Plan, make_plan, plan_tensors, shared_memory
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "Settings",
     "WorkItem",
     "check_output",
-    "code_digest",
     "make_plan",
     "plan_tensors",
     "shared_memory",

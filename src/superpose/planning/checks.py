@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from superpose.backends import backend_names
+from superpose.backends import make_backend
 from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.writer import Layout
-from superpose.errors import SuperposeError, nearest
+from superpose.errors import SuperposeError
 from superpose.kinds import Kind
 from superpose.planning.items import Settings
 from superpose.recipe import Rule
@@ -91,10 +91,11 @@ def check_room(layout: Layout, output: Path | None) -> list[SuperposeError]:
 
 def check_backend(settings: Settings) -> list[SuperposeError]:
     """Return what is wrong with the backend asked for."""
-    if settings.backend in backend_names():
-        return []
-    mend = nearest(settings.backend, backend_names())
-    return [SuperposeError(f"no backend is named '{settings.backend}'", where="--backend", mend=mend)]
+    try:
+        make_backend(settings.backend, settings.workers, settings.memory, settings.ray_address)
+    except SuperposeError as problem:
+        return [problem]
+    return []
 
 
 def check_rules(rules: Sequence[Rule], kinds: Mapping[str, tuple[Kind, str]]) -> list[SuperposeError]:

@@ -6,9 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from math import prod
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +16,7 @@ from superpose.checkpoints.folder import fingerprint
 from superpose.checkpoints.headers import DTYPE_NAMES, TensorHeader
 from superpose.checkpoints.names import fused_parts
 from superpose.kinds import MATRIX_KINDS, Kind
+from superpose.own_code import code_digest
 from superpose.planning.choices import ChosenMethods, acting_rule
 from superpose.plug_ins import plug_in_digest
 from superpose.recipe import Recipe
@@ -40,6 +39,7 @@ class Settings:
         memory: bytes in flight at most, over all workers.
         measure: whether to measure how well each task's features survive.
         overwrite: whether a finished output of that name is replaced.
+        ray_address: of the cluster that the backend "ray" works on; None to start one on this machine.
     """
 
     device: str = "cpu"
@@ -48,6 +48,7 @@ class Settings:
     memory: int = 4 * 2**30
     measure: bool = False
     overwrite: bool = False
+    ray_address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -249,16 +250,6 @@ def with_keys(
         )
         for item in items
     ]  # fmt: skip
-
-
-@cache
-def code_digest() -> str:
-    """Return a digest of superpose's own code: a changed formula must not be mixed with older results."""
-    root = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
 
 
 def _digest(content: Any) -> str:

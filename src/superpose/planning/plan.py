@@ -76,9 +76,10 @@ class Plan:
     def memory(self) -> int:
         """Bytes in flight at most."""
         largest = max((item.memory for item in self.items), default=0)
-        workers = make_backend(self.settings.backend, self.settings.workers, 0).workers
+        settings = self.settings
+        workers = make_backend(settings.backend, settings.workers, 0, settings.ray_address).workers
         busiest = sum(sorted((item.memory for item in self.items), reverse=True)[:workers])
-        return max(largest, min(busiest, self.settings.memory))
+        return max(largest, min(busiest, settings.memory))
 
     @property
     def time_class(self) -> str:
