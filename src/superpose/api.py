@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from superpose.checkpoints.folder import Checkpoint, open_checkpoint
 from superpose.checkpoints.headers import TensorHeader
 from superpose.checkpoints.names import kind_of
 from superpose.comparison import Comparison, compare_items, group_tensors, suggestions
+from superpose.decompositions import open_cache
 from superpose.elsewhere import with_inputs_checked
 from superpose.errors import SuperposeError
 from superpose.kinds import Kind
@@ -29,6 +32,9 @@ from superpose.records import RunRecord
 from superpose.registry import Method, registered
 from superpose.run import Report, device_of, merge_in_memory, run_plan
 from superpose.task_sets import TaskSet
+
+FACTOR = "{scaling_factor}"
+"""Stands for the scaling factor in the name of an output."""
 
 
 def merge(
@@ -42,6 +48,9 @@ def merge(
     measure: bool = False,
     overwrite: bool = False,
     ray_address: str | None = None,
+    cache: str | Path | None = None,
+    cache_size: int | str = "20GiB",
+    split_tensors: bool = True,
     report: Report | None = None,
 ) -> RunRecord:
     """Merge checkpoints into a folder.
@@ -58,6 +67,9 @@ def merge(
         measure: whether to measure how well each task's features survive (in the record).
         overwrite: whether an output of that name is replaced.
         ray_address: of the cluster for the backend "ray": "auto" or host:port; None to start one on this machine.
+        cache: folder in which decompositions and solutions are kept, for this merge and others that need them.
+        cache_size: bytes of them at most; the least recently used go first.
+        split_tensors: whether idle workers take part in another's tensor (STF); the bytes are the same.
         report: called with `Progress` as the merge goes on.
 
     Returns:
@@ -67,9 +79,69 @@ def merge(
         SuperposeError: the recipe, a file or a tensor is not as it should be.
         Problems: several of them are not.
     """
-    settings = Settings(device, backend, workers, _bytes(memory), measure, overwrite, ray_address)
+    settings = Settings(
+        device, backend, workers, _bytes(memory), measure, overwrite, ray_address,
+        None if cache is None else str(absolute(cache)), _bytes(cache_size), split_tensors,
+    )  # fmt: skip
     output = absolute(output)
     return run_plan(make_plan(load_recipe(recipe), settings, output), output, report)
+
+
+def merge_scaled(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    output: str | Path,
+    scaling_factors: Sequence[float],
+    *,
+    memory: int | str = "4GiB",
+    cache: str | Path | None = None,
+    cache_size: int | str = "20GiB",
+    report: Report | None = None,
+    **settings: Any,
+) -> list[RunRecord]:
+    """Merge checkpoints into several folders, one for each scaling factor; what is costly is done once.
+
+    Without `cache`, solutions are kept beside the outputs until all are made: room for one more model in float32.
+
+    Args:
+        recipe: as for `merge`.
+        output: folder of each result, with {scaling_factor} where its factor goes.
+        scaling_factors: one for each output.
+        memory: as for `merge`.
+        cache: as for `merge`.
+        cache_size: as for `merge`.
+        report: as for `merge`.
+        **settings: device, backend, workers, measure, overwrite, ray_address and split_tensors, as for `merge`.
+
+    Returns:
+        The records, in the order of the factors.
+
+    Raises:
+        SuperposeError: as for `merge`; or the name of the output is the same for two factors.
+        Problems: several things are not as they should be.
+    """
+    outputs = [absolute(str(output).replace(FACTOR, f"{factor:g}")) for factor in scaling_factors]
+    if len(set(outputs)) < len(outputs):
+        mend = f"put {FACTOR} into the name, and name each factor once"
+        raise SuperposeError("several scaling factors would be written to one folder", where=str(output), mend=mend)
+    asked = load_recipe(recipe)
+    limit = _bytes(cache_size)
+    made = Settings(memory=_bytes(memory), cache=cache and str(absolute(cache)), cache_size=limit, **settings)
+    plans = [
+        make_plan(
+            load_recipe(asked.model_dump(mode="json") | {"options": {**asked.options, "scaling_factor": factor}}),
+            made,
+            place,
+        )
+        for factor, place in zip(scaling_factors, outputs, strict=True)
+    ]
+    if cache is not None:
+        return [run_plan(plan, place, report) for plan, place in zip(plans, outputs, strict=True)]
+    # Kept under a name that a second run finds again, and that is no result's.
+    between = absolute(f"{str(output).replace(FACTOR, 'all-factors')}.partial")
+    kept = open_cache(between, sys.maxsize, keep_steps=False)
+    records = [run_plan(plan, place, report, kept) for plan, place in zip(plans, outputs, strict=True)]
+    shutil.rmtree(between)
+    return records
 
 
 def plan(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import iadd
@@ -19,6 +20,7 @@ from superpose.errors import SuperposeError
 from superpose.kinds import MATRIX_KINDS, Kind
 from superpose.maths.measures import feature_preservation
 from superpose.maths.randomness import Generator
+from superpose.maths.side_by_side import alone
 from superpose.maths.sparsify import Cuts, apply_cuts
 from superpose.maths.svd import thin_svd
 from superpose.parts import Context, Part, parts_of, read_tensor
@@ -58,13 +60,15 @@ def merge_item(item: WorkItem, surveys: Mapping[Any, Any], context: Context, wri
             in_pieces = item.streams and not (context.measure and item.kind in MATRIX_KINDS)
             merge = _merge_in_pieces if in_pieces else _merge_whole
             try:
-                outcomes.append(merge(part, method, survey, sink))
+                with nullcontext() if context.split_tensors else alone():
+                    outcomes.append(merge(part, method, survey, sink))
             except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
                 what = f"{item.method} cannot decompose it: {str(error).partition(chr(10))[0]}"
                 mend = "look at the values with superpose compare, or give it another method by a rule"
                 raise SuperposeError(what, where=f"tensor {part.name}", mend=mend) from error
     sha256 = sink.finish()
     outcome = _together(outcomes)
+    troubles = tuple(context.cache.problems()) if context.cache else ()
     return TensorRecord(
         name=item.name,
         kind=str(item.kind),
@@ -77,7 +81,7 @@ def merge_item(item: WorkItem, surveys: Mapping[Any, Any], context: Context, wri
         sha256=sha256,
         stats=outcome.stats,
         measures=outcome.measures,
-        warnings=outcome.warnings,
+        warnings=outcome.warnings + troubles,
         seconds=round(time.perf_counter() - started, 4),
         beside=sink.beside,
     )
@@ -151,7 +155,10 @@ def _call(
     # Running statistics are averaged whatever the models weigh: a weighted variance can be negative.
     equal = part.item.kind is Kind.BUFFER
     weights = None if equal else torch.tensor(part.context.weights, dtype=torch.float64)
-    return method(stacked, options, kind=part.item.kind, weights=weights, base=base, survey=survey, generator=generator)
+    return method(
+        stacked, options, kind=part.item.kind, weights=weights, base=base, survey=survey, generator=generator,
+        cache=part.context.cache,
+    )  # fmt: skip
 
 
 def _measure(part: Part, method: Method, stacked: Tensor, base: Tensor, survey: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from superpose.maths.finite import is_finite
 from superpose.maths.randomness import Generator
 from superpose.maths.streaming import TensorChunks
 from superpose.planning import WorkItem
-from superpose.registry import find_method
+from superpose.registry import Cache, find_method
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Context:
         device: where the arithmetic is done.
         measure: whether to measure how well each task's features survive.
         seed: of random numbers.
+        cache: of what is costly to compute, if one is kept.
+        split_tensors: whether idle workers take part in another's tensor.
     """
 
     task_names: tuple[str, ...]
@@ -37,6 +39,8 @@ class Context:
     device: torch.device
     measure: bool
     seed: int = 0
+    cache: Cache | None = None
+    split_tensors: bool = True
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ function itself. What the function wants beyond the tensors and its options it n
     base      the base tensor, shape (*shape)
     survey    numbers measured beforehand over the whole model (see `Survey`)
     generator the tensor's random numbers (see `superpose.maths.randomness`)
+    cache     remembers what is costly to compute (see `Cache`), None where there is none
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from superpose.kinds import Kind
 if TYPE_CHECKING:
     from torch import Tensor
 
-WANTED_BY_NAME = frozenset({"kind", "weights", "base", "survey", "generator"})
+WANTED_BY_NAME = frozenset({"kind", "weights", "base", "survey", "generator", "cache"})
 LAWS = ("single", "same", "perm", "zero", "scale")
 
 
@@ -85,6 +86,36 @@ class Cost:
 
     memory: int
     flops: float
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What a cache remembers: tensors, and numbers that can be written as JSON."""
+
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """Remembers results by what they were computed from, over runs."""
+
+    def remember(
+        self, what: str, tensors: Sequence[Tensor], compute: Callable[[], Remembered], *, step: bool = False
+    ) -> Remembered:
+        """Return what `compute` returns, computed now or at another time from the same bytes.
+
+        Args:
+            what: what is computed, with everything it depends on beside the tensors.
+            tensors: what it is computed from.
+            compute: pure, in the bytes of its result too.
+            step: whether the result is a step on the way to another that is remembered.
+        """
+        ...
+
+    def problems(self) -> Sequence[str]:
+        """Return what went wrong with the cache since this was last asked."""
+        ...
 
 
 @runtime_checkable

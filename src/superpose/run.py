@@ -21,6 +21,7 @@ from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.headers import TORCH_DTYPES
 from superpose.checkpoints.sidecars import copy_sidecars
 from superpose.checkpoints.writer import StreamWriter, as_bytes
+from superpose.decompositions import open_cache
 from superpose.elsewhere import MergeElsewhere, merge_elsewhere, with_inputs_checked
 from superpose.errors import raise_all
 from superpose.journal import Journal
@@ -31,7 +32,7 @@ from superpose.parts import Context, close_readers
 from superpose.planning import Plan, WorkItem, check_output
 from superpose.plug_ins import plug_in_digest
 from superpose.records import RECORD_FILE, RunRecord, TensorRecord
-from superpose.registry import find_method
+from superpose.registry import Cache, find_method
 from superpose.report.card import model_card
 from superpose.task_sets import write_tasks
 
@@ -60,13 +61,14 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-def run_plan(plan: Plan, output: Path, report: Report | None = None) -> RunRecord:
+def run_plan(plan: Plan, output: Path, report: Report | None = None, cache: Cache | None = None) -> RunRecord:
     """Run a plan.
 
     Args:
         plan: what to do.
         output: folder of the result; appears when all of it is written.
         report: called as the merge goes on.
+        cache: of costly results; the one that the plan's settings name when not given.
 
     Returns:
         The record, which is also in the output.
@@ -77,6 +79,8 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None) -> RunRecor
     started = time.perf_counter()
     partial_folder = output.with_name(output.name + ".partial")
     settings = plan.settings
+    if cache is None and settings.cache is not None:
+        cache = open_cache(Path(settings.cache), settings.cache_size)
     backend = make_backend(settings.backend, settings.workers, settings.memory, settings.ray_address)
     backend = with_inputs_checked(backend, plan.items)
     with locked(partial_folder), contextlib.ExitStack() as ending:
@@ -89,7 +93,7 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None) -> RunRecor
         remove_strangers(partial_folder, plan.layout)
         with contextlib.closing(StreamWriter(partial_folder, plan.layout)) as writer:
             finished = journal.finished(plan.items, writer)
-            records = _merge_all(plan, backend, journal, writer, finished, report or (lambda _: None))
+            records = _merge_all(plan, backend, journal, writer, finished, report or (lambda _: None), cache)
             writer.sync()
         record = _make_record(plan, output, records, backend, len(finished), time.perf_counter() - started)
         _write_sidecars(plan, partial_folder, record)
@@ -131,6 +135,7 @@ def _merge_all(
     writer: StreamWriter,
     finished: Mapping[str, TensorRecord],
     report: Report,
+    cache: Cache | None,
 ) -> list[TensorRecord]:
     """Merge what is not finished, largest first, and return all records by name."""
     context = Context(
@@ -139,6 +144,8 @@ def _merge_all(
         torch.device(device_of(plan.settings.device)),
         plan.settings.measure,
         plan.recipe.seed,
+        cache,
+        plan.settings.split_tensors,
     )
     waiting = [item for item in plan.items if item.name not in finished]
     surveys = survey_all(plan.items, waiting, backend, context, report)

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from superpose.maths.side_by_side import Crew
+
 
 class Backend:
-    """A pool of threads with one arithmetic thread each; parallel over tensors, not inside them."""
+    """A pool of threads with one arithmetic thread each: over tensors, and inside one where workers would be idle."""
 
     in_process = True
 
@@ -27,6 +29,12 @@ class Backend:
         waiting = list(range(len(items)))
         running: dict[Future, int] = {}
         pool = ThreadPoolExecutor(self.workers, "superpose", initializer=torch.set_num_threads, initargs=(1,))
+        crew = Crew(self.workers)
+
+        def work(item: Any) -> Any:
+            with crew.at_work():
+                return function(item)
+
         try:
             while waiting or running:
                 used = sum(memory[index] for index in running.values())
@@ -34,7 +42,7 @@ class Backend:
                     if len(running) == self.workers:
                         break
                     if not running or used + memory[index] <= self.budget:
-                        running[pool.submit(function, items[index])] = index
+                        running[pool.submit(work, items[index])] = index
                         waiting.remove(index)
                         used += memory[index]
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -42,6 +50,7 @@ class Backend:
                     yield running.pop(future), future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            crew.close()
             torch.set_num_threads(threads)
 
     def facts(self) -> Mapping[str, Any]:

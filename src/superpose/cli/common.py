@@ -45,6 +45,13 @@ RayAddress = Annotated[
     typer.Option(help="Cluster for --backend ray: auto or host:port; without, one is started on this machine."),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Tensors at a time; one per core by default.")]
+CacheFolder = Annotated[
+    Path | None, typer.Option("--cache", help="Folder that keeps decompositions and solutions for other merges.")
+]
+CacheSize = Annotated[str, typer.Option(help="Most bytes kept in the cache; the least recently used go first.")]
+SplitTensors = Annotated[
+    bool, typer.Option("--split-tensors/--whole-tensors", help="Whether idle workers take part in another's tensor.")
+]
 Memory = Annotated[str, typer.Option(help="Bytes in flight at most.")]
 Measure = Annotated[bool, typer.Option("--measure", help="Measure how well each task's features survive.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of that name.")]
@@ -99,6 +106,27 @@ def recipe_from(
     if weights is not None:
         content["models"] = _with_weights(content["models"], weights)
     return load_recipe(content)
+
+
+def several_scaling_factors(arguments: Sequence[str]) -> tuple[list[float], list[str]]:
+    """Return the scaling factors if there are several (--scaling-factor 0.4 0.6), and the other arguments."""
+    for place, argument in enumerate(arguments):
+        if argument not in ("--scaling-factor", "--scaling_factor"):
+            continue
+        stop, factors = place + 1, []
+        while stop < len(arguments) and (number := _number(arguments[stop])) is not None:
+            factors.append(number)
+            stop += 1
+        if len(factors) > 1:
+            return factors, [*arguments[:place], *arguments[stop:]]
+    return [], list(arguments)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # a path, or the next option
+        return None
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from superpose.cli import common
-from superpose.cli.common import exit_codes, recipe_from, size
+from superpose.cli.common import exit_codes, recipe_from, several_scaling_factors, size
 from superpose.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ def merge(
     ray_address: common.RayAddress = None,
     workers: common.Workers = None,
     memory: common.Memory = "4GiB",
+    cache: common.CacheFolder = None,
+    cache_size: common.CacheSize = "20GiB",
+    split_tensors: common.SplitTensors = True,
     measure: common.Measure = False,
     overwrite: common.Overwrite = False,
     quiet: common.Quiet = False,
@@ -39,40 +42,50 @@ def merge(
     """Merge a base and its fine-tunes into one model.
 
     Options of the method follow as --OPTION VALUE, such as --density 0.2; `superpose methods NAME` lists them.
-    Interrupted or killed, the same command goes on where it was.
+    Interrupted or killed, the same command goes on where it was. Several values of --scaling-factor make an output
+    each, with {scaling_factor} in its name, and are solved once.
     """
     output = output.expanduser().resolve()
     with exit_codes(kept=output.parent / f"{output.name}.partial"):
         from superpose import api
 
+        factors, models = several_scaling_factors(models)
         recipe = recipe_from(models, method=method, weights=weights, dtype=dtype, seed=seed, shard_size=shard_size)
+        settings = {
+            "device": device, "backend": backend, "ray_address": ray_address, "workers": workers, "memory": memory,
+            "cache": cache, "cache_size": cache_size, "split_tensors": split_tensors, "measure": measure,
+            "overwrite": overwrite,
+        }  # fmt: skip
         with progress(quiet) as report:
-            record = api.merge(
-                recipe,
-                output,
-                device=device,
-                backend=backend,
-                ray_address=ray_address,
-                workers=workers,
-                memory=memory,
-                measure=measure,
-                overwrite=overwrite,
-                report=report,
-            )
-        for warning in record.warnings[:MOST_WARNINGS]:
-            typer.echo(f"warning: {warning}", err=True)
-        if len(record.warnings) > MOST_WARNINGS:
-            more = len(record.warnings) - MOST_WARNINGS
-            typer.echo(f"warning: {more} more warnings are in {output / 'run.json'}", err=True)
+            if factors:
+                records = api.merge_scaled(recipe, output, factors, report=report, **settings)
+            else:
+                records = [api.merge(recipe, output, report=report, **settings)]
+        for record in records:
+            _warn(record)
         if json:
-            typer.echo(record.to_json(), nl=False)
+            texts = [record.to_json().rstrip("\n") for record in records]
+            typer.echo("[" + ",\n".join(texts) + "]" if factors else texts[0])
             return
-        totals = record.totals
-        resumed = f", {totals['resumed']} of them from the run before" if totals["resumed"] else ""
-        typer.echo(
-            f"{output}: {totals['merged']} tensors merged{_by(record)}, {totals['copied']} copied{resumed};"
-            f" {size(totals['bytes_written'])} in {totals['seconds']:.1f} s"
-        )
+        for record in records:
+            _report(record)
+
+
+def _warn(record: RunRecord) -> None:
+    for warning in record.warnings[:MOST_WARNINGS]:
+        typer.echo(f"warning: {warning}", err=True)
+    if len(record.warnings) > MOST_WARNINGS:
+        more = len(record.warnings) - MOST_WARNINGS
+        typer.echo(f"warning: {more} more warnings are in {Path(record.output) / 'run.json'}", err=True)
+
+
+def _report(record: RunRecord) -> None:
+    totals = record.totals
+    resumed = f", {totals['resumed']} of them from the run before" if totals["resumed"] else ""
+    typer.echo(
+        f"{record.output}: {totals['merged']} tensors merged{_by(record)}, {totals['copied']} copied{resumed};"
+        f" {size(totals['bytes_written'])} in {totals['seconds']:.1f} s"
+    )
 
 
 def _by(record: RunRecord) -> str:

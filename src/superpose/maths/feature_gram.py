@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from superpose.maths.side_by_side import side_by_side
 from superpose.maths.svd import Features
 
 MOST_BLOCK_BYTES = 2**30
 """Blocks that take more are not kept: each product with a vector goes through the features again."""
+MOST_BESIDE = 4
+"""Blocks that are formed at the same time: each takes as much again while it is."""
 
 
 class FeatureGram:
@@ -53,12 +57,13 @@ class FeatureGram:
         return matrix
 
     def _all_blocks(self) -> list[tuple[slice, slice, Tensor]]:
-        blocks = []
-        for i, first in enumerate(self._tasks):
-            for j, second in enumerate(self._tasks[i + 1 :], i + 1):
-                block = (first.u.T @ second.u).mul_(first.vh @ second.vh.T)
-                blocks.append((self._places[i], self._places[j], block))
-        return blocks
+        placed = list(zip(self._tasks, self._places, strict=True))
+
+        def block(pair: tuple[tuple[Features, slice], tuple[Features, slice]]) -> tuple[slice, slice, Tensor]:
+            (first, rows), (second, columns) = pair
+            return rows, columns, (first.u.T @ second.u).mul_(first.vh @ second.vh.T)
+
+        return side_by_side(block, list(combinations(placed, 2)), most=MOST_BESIDE)
 
     def _times_by_features(self, vector: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
         """Put the features together with these factors, and ask each feature for its answer."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 Solver = Literal["auto", "cg", "direct", "eigh"]
 
-SMALL = 512
+SMALL = 128
 """Up to this size a full eigendecomposition is cheap, and tells rank and conditioning exactly."""
 CUTOFF = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Eigenvalues below this share of the largest count as zero."""

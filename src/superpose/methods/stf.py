@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -31,14 +32,17 @@ from superpose.kinds import MATRIX_KINDS, Kind
 from superpose.maths.feature_gram import FeatureGram, add_up, block_bytes
 from superpose.maths.linear_system import MOST_DENSE, TOLERANCE, Solution, Solver, solve_psd
 from superpose.maths.matrices import acts_as_matrix
+from superpose.maths.side_by_side import side_by_side
 from superpose.maths.sparsify import Cuts, apply_cuts, count_kept, keep_largest
 from superpose.maths.streaming import MagnitudeSurvey
 from superpose.maths.svd import Features, leading, leading_by_energy, leading_svd, thin_svd, without_ends
 from superpose.options import Range
-from superpose.registry import Breach, Caution, Cost, Merged, merge_method
+from superpose.registry import Breach, Cache, Caution, Cost, Merged, Remembered, merge_method
 
 NEARLY_PARALLEL = 1e4
 """Condition number beyond which a ridge is suggested."""
+MOST_BESIDE = 4
+"""Decompositions of one tensor at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +100,8 @@ def stf_cost(shape: Sequence[int], tasks: int, options: StfOptions) -> Cost:
     count = small if wanted is None else wanted
     features = tasks * count
     kept = 4 * ((tasks + 1) * out * in_ + features * (out + in_))
-    # One matrix and its Gram matrix in float64, with eigenvectors and work space.
-    decomposing = 16 * out * in_ + 32 * small**2
+    # Each in float64, with its Gram matrix, eigenvectors and work space.
+    decomposing = min(tasks, MOST_BESIDE) * (16 * out * in_ + 32 * small**2)
     solving = block_bytes([count] * tasks, torch.float32)
     if features <= MOST_DENSE:
         solving += 32 * features**2  # written out in float64, with eigenvectors: what the slowest route takes
@@ -128,6 +132,7 @@ def stf(
     kind: Kind,
     base: Float[Tensor, "*shape"] | None = None,
     survey: Cuts | None = None,
+    cache: Cache | None = None,
 ) -> Merged:
     """Merge task vectors so that every kept singular feature keeps its strength.
 
@@ -137,6 +142,7 @@ def stf(
         kind: only linear maps and convolutions are solved for.
         base: the base weight; needed for `matrices: finetuned` alone.
         survey: this tensor's cuts; when not given, each task vector is trimmed by itself.
+        cache: remembers decompositions and merged matrices before scaling.
 
     Returns:
         The merged task vector; for matrices with the system's size, rank, residual and conditioning.
@@ -146,7 +152,7 @@ def stf(
         if base is None:
             raise ValueError("matrices='finetuned' needs the base")
         tuned = task_vectors + base
-        merged = _merge_stack(tuned, kind, options)
+        merged = _merge_stack(tuned, kind, options, cache)
         return Merged(merged.tensor - base, merged.stats, merged.cautions)
     trims = kind is not Kind.NORM or options.trim_norm
     if not trims:
@@ -159,7 +165,7 @@ def stf(
         return Merged(trimmed.mean(dim=0))  # unscaled, as the paper does for norms
     if not solves:
         return Merged(options.scaling_factor * trimmed.sum(dim=0))
-    merged = _merge_stack(trimmed, kind, options)
+    merged = _merge_stack(trimmed, kind, options, cache)
     return Merged(options.scaling_factor * merged.tensor, merged.stats, merged.cautions)
 
 
@@ -192,13 +198,15 @@ def superpose_features(tasks: Sequence[Features], *, ridge: float = 0.0, solver:
     return Superposition(add_up(tasks, solution.x.to(s).split(counts)), len(s), solution, worst, conflicting)
 
 
-def _merge_stack(matrices: Float[Tensor, "tasks *shape"], kind: Kind, options: StfOptions) -> Merged:
+def _merge_stack(
+    matrices: Float[Tensor, "tasks *shape"], kind: Kind, options: StfOptions, cache: Cache | None
+) -> Merged:
     """Merge one matrix per task, or, for a stack of linear maps (experts), one after the other."""
     if kind is not Kind.LINEAR or matrices.ndim != 4:
         out = matrices.shape[1]
         flat = matrices.reshape(len(matrices), out, prod(matrices.shape[2:]))
-        return _merge_matrices(flat, options, matrices.shape[1:])
-    merged = [_merge_matrices(member, options, member.shape[1:]) for member in matrices.unbind(1)]
+        return _merge_matrices(flat, options, matrices.shape[1:], cache)
+    merged = [_merge_matrices(member, options, member.shape[1:], cache) for member in matrices.unbind(1)]
     stats = {
         "features": sum(int(member.stats["features"]) for member in merged),
         "rank": sum(int(member.stats["rank"]) for member in merged),
@@ -209,9 +217,30 @@ def _merge_stack(matrices: Float[Tensor, "tasks *shape"], kind: Kind, options: S
     return Merged(torch.stack([member.tensor for member in merged]), stats, cautions)
 
 
-def _merge_matrices(matrices: Float[Tensor, "tasks out in_"], options: StfOptions, shape: torch.Size) -> Merged:
-    """Superpose the features of one matrix per task."""
-    tasks = [_features(matrix, options) for matrix in matrices] if matrices.numel() else []
+def _merge_matrices(
+    matrices: Float[Tensor, "tasks out in_"], options: StfOptions, shape: torch.Size, cache: Cache | None
+) -> Merged:
+    """Superpose the features of one matrix per task, or remember having done so: scaling comes after it."""
+    if cache is None or not matrices.numel():
+        return _solve_matrices(matrices, options, shape, None)
+
+    def compute() -> Remembered:
+        merged = _solve_matrices(matrices, options, shape, cache)
+        cautions = [(caution.text, caution.tasks) for caution in merged.cautions]
+        return Remembered({"matrix": merged.tensor}, {"stats": dict(merged.stats), "cautions": cautions})
+
+    # What acts before or after this is not part of what was done here.
+    done = replace(options, density=1.0, scaling_factor=1.0, density_scope="tensor", matrices="task", trim_norm=True)
+    found = cache.remember(f"superposed by {done}", list(matrices), compute)
+    cautions = tuple(Caution(text, tuple(tasks)) for text, tasks in found.numbers["cautions"])
+    return Merged(found.tensors["matrix"].reshape(shape), found.numbers["stats"], cautions)
+
+
+def _solve_matrices(
+    matrices: Float[Tensor, "tasks out in_"], options: StfOptions, shape: torch.Size, cache: Cache | None
+) -> Merged:
+    decompose = partial(_remembered_features, options=options, cache=cache)
+    tasks = side_by_side(decompose, list(matrices), most=MOST_BESIDE) if matrices.numel() else []
     present = [index for index, task in enumerate(tasks) if task.count]
     if len(present) == 0:
         stats = {"features": 0, "rank": 0, "residual": 0.0, "condition": 1.0}
@@ -240,8 +269,20 @@ def _merge_matrices(matrices: Float[Tensor, "tasks out in_"], options: StfOption
     return Merged(found.matrix.reshape(shape), stats, _cautions(found, present, stats["growth"]))
 
 
+def _remembered_features(matrix: Float[Tensor, "out in_"], options: StfOptions, cache: Cache | None) -> Features:
+    """Return the features of one task that take part, by rows: laid out otherwise, their products round otherwise."""
+
+    def compute() -> Remembered:
+        features = _features(matrix, options)
+        return Remembered({"uh": features.u.T.contiguous(), "s": features.s, "vh": features.vh.contiguous()})
+
+    limits = options.rank, options.feature_share, options.energy, options.remove_smallest, options.remove_largest
+    what = f"features {limits} {options.decomposition}"
+    found = (compute() if cache is None else cache.remember(what, [matrix], compute, step=True)).tensors
+    return Features(found["uh"].T, found["s"], found["vh"])
+
+
 def _features(matrix: Float[Tensor, "out in_"], options: StfOptions) -> Features:
-    """Return the features of one task that take part."""
     wanted = _wanted(options, min(matrix.shape))
     keeps_ends = options.remove_smallest == options.remove_largest == 0
     if options.decomposition == "auto" and keeps_ends and wanted is not None:

@@ -40,6 +40,9 @@ class Settings:
         measure: whether to measure how well each task's features survive.
         overwrite: whether a finished output of that name is replaced.
         ray_address: of the cluster that the backend "ray" works on; None to start one on this machine.
+        cache: folder in which costly results are kept from run to run, if any.
+        cache_size: bytes of them at most.
+        split_tensors: whether idle workers take part in another's tensor, where its method lets them.
     """
 
     device: str = "cpu"
@@ -49,6 +52,9 @@ class Settings:
     measure: bool = False
     overwrite: bool = False
     ray_address: str | None = None
+    cache: str | None = None
+    cache_size: int = 20 * 2**30
+    split_tensors: bool = True
 
 
 @dataclass(frozen=True)

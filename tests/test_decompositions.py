@@ -1,0 +1,269 @@
+"""The cache of decompositions: the same bytes with it and without, whatever happens to its folder."""
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tests.families import make_family
+from tests.families import superpose as run
+
+import superpose
+from superpose.decompositions import DecompositionCache, open_cache
+from superpose.errors import SuperposeError
+from superpose.registry import Remembered
+
+
+def entry(size=100, number=1.0):
+    return Remembered({"x": torch.full((size,), number)}, {"n": [1, "two"]})
+
+
+def remember(cache, what="it", tensors=(), number=1.0, **options):
+    """Return what the cache gives, and whether it was computed."""
+    computed = []
+
+    def compute():
+        computed.append(True)
+        return entry(number=number)
+
+    found = cache.remember(what, tensors or [torch.zeros(3)], compute, **options)
+    return found, bool(computed)
+
+
+def files(folder):
+    return sorted(path for path in Path(folder).iterdir() if path.suffix == ".entry")
+
+
+def test_what_is_remembered_comes_back_as_it_was(tmp_path):
+    cache = open_cache(tmp_path / "new" / "folder", 10**6)
+    tensors = {"a": torch.randn(3, 5).T, "b": torch.arange(4, dtype=torch.float64), "none": torch.zeros(0, 2)}
+    cache.remember("it", [torch.ones(2)], lambda: Remembered(tensors, {"n": 3, "text": "é"}))
+    found = cache.remember("it", [torch.ones(2)], lambda: pytest.fail("computed again"))
+    assert found.numbers == {"n": 3, "text": "é"}
+    assert {name: torch.equal(tensor, tensors[name]) for name, tensor in found.tensors.items()} == dict.fromkeys(
+        tensors, True
+    )
+    assert (cache.hits, cache.misses) == (1, 1)
+
+
+def test_anything_else_that_goes_in_is_another_entry(tmp_path):
+    cache = open_cache(tmp_path, 10**6)
+    x = torch.arange(6.0)
+    inputs = [
+        ("it", [x]), ("that", [x]), ("it", [x + 1e-7]), ("it", [x.reshape(2, 3)]), ("it", [x.double()]),
+        ("it", [x, x]), ("it", [x[:3], x[3:]]), ("it", [-x]),
+    ]  # fmt: skip
+    assert all(remember(cache, what, tensors)[1] for what, tensors in inputs)
+    assert not any(remember(cache, what, tensors)[1] for what, tensors in inputs)
+    # The layout in memory is not content.
+    assert not remember(cache, "it", [x.reshape(2, 3).T.contiguous().T])[1]
+
+
+def test_entries_of_other_code_are_not_used(tmp_path, monkeypatch):
+    cache = open_cache(tmp_path, 10**6)
+    remember(cache)
+    monkeypatch.setattr("superpose.decompositions.code_digest", lambda: "other")
+    assert remember(cache)[1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign", "header"])
+def test_damaged_entry_is_computed_anew_and_said(tmp_path, damage):
+    cache = open_cache(tmp_path, 10**6)
+    remember(cache)
+    (path,) = files(tmp_path)
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[-7] ^= 1
+    path.write_bytes(
+        {"truncated": content[:-9], "empty": b"", "foreign": b"x" * 500, "header": content[:20]}.get(damage, content)
+    )
+    found, computed = remember(cache, number=1.0)
+    assert computed
+    assert torch.equal(found.tensors["x"], torch.ones(100))
+    (problem,) = cache.problems()
+    assert path.name in problem
+    assert "anew" in problem
+    assert cache.problems() == ()
+    assert not remember(cache)[1]
+
+
+def test_least_recently_used_entries_go_when_room_is_needed(tmp_path):
+    cache = open_cache(tmp_path, 3000)
+    for number in range(4):
+        remember(cache, f"{number}")
+        os.utime(max(files(tmp_path), key=lambda path: path.stat().st_mtime_ns), (number, number))
+    assert not remember(cache, "0")[1]  # used just now
+    for number in range(4, 7):
+        remember(cache, f"{number}")
+    assert sum(path.stat().st_size for path in files(tmp_path)) <= 3000
+    assert not remember(cache, "0")[1]
+    assert remember(cache, "1")[1]
+
+
+def test_entry_larger_than_the_limit_is_not_kept(tmp_path):
+    cache = open_cache(tmp_path, 100)
+    assert remember(cache)[1]
+    assert remember(cache)[1]
+    assert files(tmp_path) == []
+
+
+def test_limit_counts_what_other_runs_have_written(tmp_path):
+    for number in range(5):
+        remember(open_cache(tmp_path, 10**6), f"{number}")
+    remember(open_cache(tmp_path, 2000), "last")
+    assert sum(path.stat().st_size for path in files(tmp_path)) <= 2000
+
+
+def test_files_of_dead_runs_are_cleared_away_and_those_of_live_ones_kept(tmp_path):
+    cache = open_cache(tmp_path, 10**6)
+    old, new = tmp_path / "old.tmp", tmp_path / "new.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    remember(cache)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_steps_are_kept_only_where_they_are_asked_for(tmp_path):
+    cache = open_cache(tmp_path, 10**6, keep_steps=False)
+    assert remember(cache, step=True)[1]
+    assert remember(cache, step=True)[1]
+    assert files(tmp_path) == []
+
+
+def test_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SuperposeError, match="--cache"):
+        open_cache(tmp_path / "file" / "folder", 10**6)
+
+
+def test_failure_to_write_does_not_stop_the_merge_and_is_said(tmp_path):
+    cache = DecompositionCache(tmp_path / "cache", 10**6)
+    cache.folder.mkdir()
+    remember(cache)
+    cache.folder.rename(tmp_path / "away")
+    found, computed = remember(cache, "that")
+    assert computed
+    assert found.tensors["x"].tolist() == [1.0] * 100
+    assert any("cannot be written" in problem for problem in cache.problems())
+
+
+def _fill(folder):
+    cache = open_cache(Path(folder), 8000)
+    for step in range(60):
+        found = cache.remember(f"{step % 20}", [torch.zeros(1)], lambda step=step: entry(number=float(step % 20)))
+        assert found.tensors["x"].tolist() == [float(step % 20)] * 100
+    assert not [problem for problem in cache.problems() if "damaged" in problem]
+
+
+def test_several_runs_share_a_folder(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_fill, args=(str(tmp_path),)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+# Merges with a cache.
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+def weights_of(folder):
+    return (Path(folder) / "model.safetensors").read_bytes()
+
+
+def merged(family, output, **settings):
+    recipe = {"base": str(family[0]), "models": [{"path": str(path)} for path in settings.pop("tuned", family[1:])]}
+    record = superpose.merge(recipe | {"options": settings.pop("options", {})}, output, **settings)
+    return weights_of(output), record
+
+
+def test_bytes_are_the_same_with_a_cache_full_or_empty(family, tmp_path):
+    plain, _ = merged(family, tmp_path / "plain")
+    for name in ("empty", "full"):
+        cached, _ = merged(family, tmp_path / name, cache=tmp_path / "cache")
+        assert cached == plain
+    assert files(tmp_path / "cache")
+
+
+def test_another_subset_and_another_ridge_decompose_nothing_again(family, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    merged(family, tmp_path / "all", cache=cache)
+    plain, _ = merged(family, tmp_path / "plain", tuned=family[1:3], options={"ridge": 0.01})
+    monkeypatch.setattr("superpose.methods.stf.thin_svd", lambda matrix: pytest.fail("decomposed again"))
+    cached, _ = merged(family, tmp_path / "two", tuned=family[1:3], options={"ridge": 0.01}, cache=cache)
+    assert cached == plain
+    # Another factor does not even solve again.
+    monkeypatch.setattr("superpose.methods.stf.superpose_features", lambda *_, **__: pytest.fail("solved again"))
+    merged(family, tmp_path / "scaled", cache=cache, options={"scaling_factor": 0.3})
+
+
+def test_damaged_cache_gives_the_same_bytes_and_a_warning(family, tmp_path):
+    cache = tmp_path / "cache"
+    plain, _ = merged(family, tmp_path / "plain", cache=cache)
+    for path in files(cache):
+        path.write_bytes(path.read_bytes()[:-1])
+    cached, record = merged(family, tmp_path / "again", cache=cache)
+    assert cached == plain
+    assert any("damaged" in warning for warning in record.warnings)
+
+
+def test_several_scaling_factors_are_made_at_once_from_the_command_line(family, tmp_path):
+    paths = [str(path) for path in family]
+    done = run(
+        "merge", *paths, "--scaling-factor", "0.4", "1", "-o", str(tmp_path / "out-{scaling_factor}"), "--density", "1"
+    )
+    assert done.returncode == 0, done.stderr
+    for factor in ("0.4", "1"):
+        single, record = merged(
+            family, tmp_path / f"single-{factor}", options={"scaling_factor": float(factor), "density": 1}
+        )
+        assert weights_of(tmp_path / f"out-{factor}") == single
+        assert record.recipe["options"]["scaling_factor"] == float(factor)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-0.4", "out-1", "single-0.4", "single-1"]
+
+
+def test_several_scaling_factors_are_solved_once(family, tmp_path, monkeypatch):
+    from superpose.methods import stf
+
+    solved = []
+    solve = stf.superpose_features
+    monkeypatch.setattr(
+        "superpose.methods.stf.superpose_features", lambda *args, **kw: (solved.append(1), solve(*args, **kw))[1]
+    )
+    recipe = {"base": str(family[0]), "models": [{"path": str(path)} for path in family[1:]]}
+    superpose.merge(recipe, tmp_path / "one")
+    once = len(solved)
+    records = superpose.merge_scaled(recipe, tmp_path / "x-{scaling_factor}", [0.2, 0.5, 0.8])
+    assert once > 0
+    assert len(solved) == 2 * once
+    assert [record.recipe["options"]["scaling_factor"] for record in records] == [0.2, 0.5, 0.8]
+
+
+@pytest.mark.parametrize("output", ["out", "out-{scaling_factor}"])
+def test_scaling_factors_need_a_folder_each(family, tmp_path, output):
+    factors = ["0.4", "0.4"] if "{" in output else ["0.4", "0.8"]
+    paths = [str(path) for path in family]
+    done = run("merge", *paths, "--scaling-factor", *factors, "-o", tmp_path / output, check=False)
+    assert done.returncode == 2
+    assert "{scaling_factor}" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scaling_factors_of_a_method_without_one_are_refused(family, tmp_path):
+    paths = [str(path) for path in family]
+    output = str(tmp_path / "out-{scaling_factor}")
+    done = run("merge", *paths, "-m", "slerp", "--scaling-factor", "0.4", "0.8", "-o", output, check=False)
+    assert done.returncode == 2
+    assert "scaling_factor" in done.stderr
+    assert list(tmp_path.iterdir()) == []
