@@ -194,7 +194,8 @@ def main() -> None:
     version = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
     lines = [
         f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f};"
-        f" Python {platform.python_version()}, torch {torch.__version__}, mergekit {version}; {arguments.size}, {len(models) - 1} fine-tunes, bfloat16;"
+        f" Python {platform.python_version()}, torch {torch.__version__}, mergekit {version};"
+        f" {arguments.size}, {len(models) - 1} fine-tunes, bfloat16;"
         f" medians of {arguments.runs}",
         "",
         "| merge | CPU, times less | wall | memory | ours: CPU s / wall s / MiB | mergekit: CPU s / wall s / MiB |",

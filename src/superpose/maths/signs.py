@@ -14,8 +14,8 @@ Aggregate = Literal["mean", "sum", "max"]
 
 def elect_signs(task_vectors: Float[Tensor, "tasks *shape"], tie_sign: float = 0.0) -> Float[Tensor, "*shape"]:
     """Return the sign of the tasks' sum, entry by entry; where the sum is zero, `tie_sign`."""
-    # In float64 the order of the tasks does not decide what cancels.
-    total = task_vectors[0].to(torch.float64, copy=True)
+    # In float64 the order of the tasks does not decide what cancels; the sign of a sum of two is right in any dtype.
+    total = task_vectors[0].to(torch.float64 if len(task_vectors) > 2 else task_vectors.dtype, copy=True)
     for task_vector in task_vectors[1:]:
         total += task_vector
     signs = total.sign_().to(task_vectors.dtype)

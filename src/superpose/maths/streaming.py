@@ -67,6 +67,11 @@ class TensorChunks:
         """Dtype of what is read; known of a tensor without entries too."""
         return self.read(0, 0).dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Device of what is read."""
+        return self.read(0, 0).device
+
     def whole(self) -> Float[Tensor, "tasks *shape"]:
         """Return the whole stack, in the tensor's shape."""
         return self.read(0, self.numel).reshape(self.tasks, *self.shape)
@@ -246,8 +251,8 @@ def _guess(search: TaskSearch, row: np.ndarray, share: float) -> TaskSearch:
     if search.is_over:
         return search
     size = len(row)
-    # Six standard deviations of a sample drawn entry by entry; neighbours are alike, hence the hundredth beside.
-    margin = 6 * math.sqrt(size * share * (1 - share)) + size / 100
+    # Six standard deviations of a sample drawn entry by entry; neighbours are alike, hence what is added.
+    margin = 6 * math.sqrt(size * share * (1 - share)) + size / 400
     first = math.floor(size - size * share - margin)
     last = math.ceil(size - size * share + margin)
     if first < 0 or last >= size:
@@ -255,8 +260,10 @@ def _guess(search: TaskSearch, row: np.ndarray, share: float) -> TaskSearch:
     ordered = np.partition(row, (first, last))
     near, counts = np.unique(ordered[first : last + 1].view(np.int32), return_counts=True)
     # Differences of rounded weights take few values: most likely the threshold is one of the commonest near it.
-    pivots = sorted(near[np.argsort(counts)[-_PIVOTS:]].tolist())
-    if np.sort(counts)[-_PIVOTS:].sum() >= _LIKELY * counts.sum():
+    commonest = np.argsort(-counts, kind="stable")[:_PIVOTS]
+    likely = np.flatnonzero(np.cumsum(counts[commonest]) >= _LIKELY * counts.sum())
+    if likely.size:
+        pivots = near[commonest[: likely[0] + 1]].tolist()
         return replace(search, edges=tuple(sorted({edge for pivot in pivots for edge in (pivot, pivot + 1)})), high=0)
     low, high = int(near[0]), int(near[-1]) + 1
     return replace(search, edges=(low, high), low=low, high=high)
@@ -267,13 +274,19 @@ def _count(chunks: TensorChunks, searches: Sequence[TaskSearch]) -> tuple[Counts
     at_least = [[0] * len(search.edges) for search in searches]
     table = Tally(chunks.tasks, _BINS[chunks.dtype])
     waiting: list[list[np.ndarray]] = [[] for _ in searches]
-    for _, chunk in replace(chunks, size=min(chunks.size, _PIECE)):
+    pieces = replace(chunks, size=min(chunks.size, _PIECE))
+    # Used again for every row: fresh memory costs a page fault for every thousand entries, more than counting them.
+    magnitudes = torch.empty(min(pieces.size, chunks.numel), dtype=chunks.dtype, device=chunks.device)
+    reached = np.empty(len(magnitudes), bool)
+    for _, chunk in pieces:
         for task, search in enumerate(searches):
             if search.is_over:
                 continue
-            bits = chunk[task].abs().numpy(force=True).view(_INTEGERS[chunk.dtype])
+            row = torch.abs(chunk[task], out=magnitudes[: chunk.shape[1]])
+            bits = row.numpy(force=True).view(_INTEGERS[chunk.dtype])
             for place, edge in enumerate(search.edges):
-                at_least[task][place] += int(np.count_nonzero(bits >= bits.dtype.type(edge)))
+                reaches = np.greater_equal(bits, bits.dtype.type(edge), out=reached[: len(bits)])
+                at_least[task][place] += int(np.count_nonzero(reaches))
             if search.low < search.high:
                 waiting[task].append(_digits(bits, search, table.bins))
                 if sum(map(len, waiting[task])) >= _PIECE:
