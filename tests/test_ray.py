@@ -321,7 +321,7 @@ def journal_lines(folder):
 
 @pytest.mark.slow
 def test_interrupted_it_goes_on_where_it_was(tmp_path):
-    folders = make_family(tmp_path, layers=60, width=256)
+    folders = make_family(tmp_path, layers=40, width=160)
     library.merge(recipe(folders, method="stf"), tmp_path / "threads")
     command = [sys.executable, "-m", "superpose", "merge", *map(str, folders), "-o", str(tmp_path / "out")]
     process = subprocess.Popen(

@@ -35,6 +35,13 @@ PATIENCE = 10
 """Seconds to wait for an answer from the address of a cluster, and between looks at its nodes."""
 MANY = 1 << 20
 """Workers of a cluster that was not asked yet."""
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # tasks that reserve no GPU may use one
+}
+"""Ray's own settings, unless the user has others."""
+SETTINGS_TO_CONNECT = {"RAY_NUM_REDIS_GET_RETRIES": "1"}
+"""The same where a cluster should run already: one try of 45 seconds, not 20, if its address does not answer."""
 
 
 class Backend:
@@ -52,7 +59,7 @@ class Backend:
     in_process = False
 
     def __init__(self, workers: int | None, budget: int, address: str | None = None) -> None:
-        self._ray = _import_ray()
+        self._ray = _import_ray(connects=address is not None)
         if address is not None and address != "auto":
             _host_and_port(address)
         self._asked, self._budget, self._address = workers, budget, address
@@ -231,9 +238,8 @@ def _identity() -> str:
     return f"superpose {version('superpose')} (code {code_digest()}) with torch {torch.__version__}"
 
 
-def _import_ray() -> ModuleType:
-    # Read as Ray is imported. The second leaves GPUs visible to tasks that reserve none.
-    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")):
+def _import_ray(*, connects: bool = False) -> ModuleType:
+    for name, value in {**SETTINGS, **(SETTINGS_TO_CONNECT if connects else {})}.items():  # read as Ray is imported
         os.environ.setdefault(name, value)
     try:
         import ray
