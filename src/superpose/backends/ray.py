@@ -12,6 +12,7 @@ import os
 import pickle
 import secrets
 import socket
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
@@ -126,12 +127,9 @@ class Backend:
             self._task_options = {"runtime_env": {"env_vars": _variables()}}
         elif self._address is None:
             self._ending.enter_context(_private_environment())
-            here = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-            variables = {**_variables(), "PYTHONPATH": os.pathsep.join(filter(None, here))}
+            variables = {"env_vars": {**_variables(), **_import_path()}}
             self._ending.callback(ray.shutdown)
-            ray.init(
-                "local", num_cpus=self.workers, include_dashboard=False, runtime_env={"env_vars": variables}, **quiet
-            )
+            ray.init("local", num_cpus=self.workers, include_dashboard=False, runtime_env=variables, **quiet)
         else:
             _check_reachable(self._address)
             self._ending.callback(ray.shutdown)
@@ -257,6 +255,14 @@ def _variables() -> dict[str, str]:
     named = filter(None, os.environ.get(VARIABLE, "").split(os.pathsep))
     places = [str(Path(place).expanduser().resolve()) for place in named]
     return {VARIABLE: os.pathsep.join(places)} if places else {}
+
+
+def _import_path() -> dict[str, str]:
+    """Return the environment by which another interpreter here finds this superpose, also where it is not installed."""
+    root = str(Path(__file__).parents[2])
+    if root == sysconfig.get_path("purelib"):  # found anyway, and before the standard library it could shadow that
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
 
 
 @contextlib.contextmanager
