@@ -224,7 +224,7 @@ class MagnitudeSurvey:
             return find_cuts(chunks.read(0, chunks.numel), options.density)
         if state is None:
             state = self._search_tensor(name, chunks, options)
-        return Cuts(tuple(_cut(task, search, name, chunks, state.dtype) for task, search in enumerate(state.by_task)))
+        return _cuts(name, chunks, state)
 
     def _search_tensor(self, name: str, chunks, options) -> SearchState:
         """Run the passes over one tensor alone."""
@@ -354,19 +354,28 @@ def _share_out(wanted: int, by_tensor: Sequence[tuple[str, Sequence[int]]], plac
     return shares
 
 
-def _cut(task: int, search: TaskSearch, name: str, chunks, dtype: torch.dtype) -> Cut:
-    """Return the cut of one task: the threshold, and the place of the last tie that is kept."""
-    if search.threshold is None:
-        return KEEP_ALL
-    threshold = float(np.array(search.threshold, _INTEGERS[dtype]).view(f"f{dtype.itemsize}"))
-    wanted = (search.ties or {}).get(name)
-    if threshold == 0.0 or wanted == 0:
-        return Cut(threshold, 0)
-    if wanted is None:
-        return Cut(threshold, chunks.numel)
+def _cuts(name: str, chunks: TensorChunks, state: SearchState) -> Cuts:
+    """Return the cuts of one tensor: the thresholds, and the places of the last ties that are kept."""
+    cuts, wanted = [], {}
+    for task, search in enumerate(state.by_task):
+        if search.threshold is None:
+            cuts.append(KEEP_ALL)
+            continue
+        bits = np.array(search.threshold, _INTEGERS[state.dtype])
+        threshold = float(bits.view(f"f{bits.itemsize}"))
+        ties = (search.ties or {}).get(name, chunks.numel)
+        cuts.append(Cut(threshold, ties if threshold else 0))
+        if threshold and 0 < ties < chunks.numel:
+            wanted[task] = ties
     for start, chunk in chunks:
-        places = (chunk[task].abs() == threshold).nonzero().squeeze(1)
-        if len(places) >= wanted:
-            return Cut(threshold, start + int(places[wanted - 1]) + 1)
-        wanted -= len(places)
-    raise AssertionError(f"{name}: the tensor changed between two passes")
+        if not wanted:
+            break
+        for task, ties in list(wanted.items()):
+            places = np.flatnonzero(np.abs(chunk[task].numpy(force=True)) == cuts[task].threshold)
+            if len(places) < ties:
+                wanted[task] = ties - len(places)
+            else:
+                cuts[task] = replace(cuts[task], tie_stop=start + int(places[ties - 1]) + 1)
+                del wanted[task]
+    assert not wanted, f"{name}: the tensor changed between two passes"
+    return Cuts(tuple(cuts))
