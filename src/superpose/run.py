@@ -28,7 +28,7 @@ from superpose.journal import Journal
 from superpose.merge_tensor import merge_item, survey_item
 from superpose.output_folder import locked, make_partial, publish, remove_strangers, settle_replaced
 from superpose.own_code import code_digest
-from superpose.parts import Context, close_readers
+from superpose.parts import Context, close_readers, read_ahead
 from superpose.planning import Plan, WorkItem, check_output
 from superpose.plug_ins import plug_in_digest
 from superpose.records import RECORD_FILE, RunRecord, TensorRecord
@@ -154,7 +154,11 @@ def _merge_all(
     records = dict(finished)
     total = sum(sizes.values())
 
+    following = dict(zip((item.name for item in waiting), waiting[backend.workers :], strict=False))
+
     def work(item: WorkItem) -> TensorRecord:
+        if item.name in following:
+            read_ahead(following[item.name])
         record = merge_item(item, surveys, context, writer.write)
         journal.add(item, record)  # by the worker: what is done is noted even if the caller stops waiting
         return record

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from superpose.allocator import keep_freed_memory
 from superpose.backends.threads import available_cores
 from superpose.errors import SuperposeError
 from superpose.own_code import code_digest
@@ -209,6 +210,7 @@ def perform(identity: str, held: list[Any], item: bytes) -> tuple[str, Any]:
     if identity != _identity():
         return "other code", f"{socket.gethostname()}: {_identity()}"
     torch.set_num_threads(1)
+    keep_freed_memory()  # the worker is a process of ours
     try:
         return "done", _function(held[0])(pickle.loads(item))  # noqa: S301 - the driver's, through its own cluster
     except Exception as error:  # raised again by the driver, whatever it is

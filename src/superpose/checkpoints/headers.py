@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -45,12 +45,14 @@ class TensorHeader:
         dtype: name of the dtype as in safetensors, such as "BF16".
         shape: its dimensions.
         file: the file it lies in.
+        offset: its first byte in the file; None where the format has no such place.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    offset: int | None = field(default=None, kw_only=True)
 
     @property
     def numel(self) -> int:

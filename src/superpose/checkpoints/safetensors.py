@@ -51,7 +51,7 @@ class SafetensorsFormat:
         try:
             entries = json.loads(text, object_pairs_hook=_refuse_duplicates)
             entries.pop("__metadata__", None)
-            declared = {name: _entry(name, entry, file) for name, entry in entries.items()}
+            declared = {name: _entry(name, entry, file, 8 + length) for name, entry in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return _broken(file, f"damaged safetensors header: {error}", FETCH_AGAIN)
         headers = {name: header for name, (header, _, _) in declared.items()}
@@ -62,7 +62,7 @@ class SafetensorsFormat:
 FORMAT = SafetensorsFormat()
 
 
-def _entry(name: str, entry: dict, file: Path) -> tuple[TensorHeader, int, int]:
+def _entry(name: str, entry: dict, file: Path, data: int) -> tuple[TensorHeader, int, int]:
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, start, stop]
@@ -74,7 +74,7 @@ def _entry(name: str, entry: dict, file: Path) -> tuple[TensorHeader, int, int]:
         raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
     if not all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63 for number in numbers):
         raise ValueError(f"tensor {name!r} has a shape or offsets that are no sizes")
-    header = TensorHeader(name, dtype, tuple(shape), file)
+    header = TensorHeader(name, dtype, tuple(shape), file, offset=data + start)
     if stop - start != header.nbytes:
         raise ValueError(f"tensor {name!r} declares {stop - start} bytes, its shape needs {header.nbytes}")
     return header, start, stop

@@ -66,6 +66,29 @@ def run_demo(cache: Path | None = None, *, output: Path | None = None, say: Say 
     return DemoResult(rows, left_out, held_out, demo.merged, KEPT_METHOD, dict(demo.seconds))
 
 
+def prepare(cache: Path | None = None, *, say: Say = print) -> tuple[Path, list[FineTuned]]:
+    """Return the demo's base and fine-tunes, made if they are not in the cache: for measurements on real models.
+
+    Args:
+        cache: as for `run_demo`.
+        say: as for `run_demo`.
+
+    Returns:
+        The base's folder, and the fine-tuned models with their tasks.
+
+    Raises:
+        SuperposeError: as for `run_demo`.
+    """
+    home = (cache_folder() if cache is None else cache) / "demo"
+    _check_transformers()
+    from superpose.demo.encoder import without_progress_bars
+
+    with without_progress_bars():
+        demo = _Demo(home, home / "merged", say)
+        base, tasks = _fetch(demo)
+        return base, _finetune_all(demo, base, tasks)
+
+
 @dataclass(frozen=True)
 class _Demo:
     """Where one run keeps things, whom it tells, and the seconds of each phase so far."""
