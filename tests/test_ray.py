@@ -23,6 +23,8 @@ from superpose.registry import registered
 
 ray = pytest.importorskip("ray")
 
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all of them, however many processes run tests
+
 PLAIN = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """What Ray finds in the environment of clusters that tests start themselves."""
 

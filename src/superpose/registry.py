@@ -110,6 +110,9 @@ class Cache(Protocol):
             tensors: what it is computed from.
             compute: pure, in the bytes of its result too.
             step: whether the result is a step on the way to another that is remembered.
+
+        Returns:
+            The result.
         """
         ...
 
