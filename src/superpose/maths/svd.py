@@ -223,27 +223,25 @@ def _by_single_gram(matrix: Float[Tensor, "out in_"]) -> Features:
     """
     uh = torch.linalg.eigh(_gram(matrix))[1].T.flip(0)
     answers = uh @ matrix  # row k is s_k v_k
-    first = 0
-    while True:
-        s = answers.norm(dim=1)
-        weak = int((s > WEAK * s[first]).sum())
-        left = len(s) - weak
+    first, left = 0, len(uh)
+    while left > LAST:
+        squares = answers.square().sum(dim=1)
+        weak = int((squares > WEAK**2 * squares[first]).sum())
+        left = len(uh) - weak
         if left == 0:
             break
-        wide = torch.float64 if left <= LAST else torch.float32
-        u, v = uh[weak:].to(wide), answers[weak:]
-        v = u @ matrix.to(wide) if left <= LAST else v
-        strong_u, strong_v = uh[:weak].to(wide), answers[:weak].to(wide)
-        angles = (v @ strong_v.T) / (strong_v.square().sum(dim=1) - v.square().sum(dim=1)[:, None])
+        # A rotation takes each weak row out of each strong one, and the other way round.
+        angles = answers[weak:] @ answers[:weak].T / (squares[:weak] - squares[weak:, None])
         # At the border pairs can be equally strong: those stay as they are, which is as exact as float32 knows them.
         angles = torch.where(angles.abs() < FIRST_ORDER, angles, angles.new_zeros(()))
-        uh[:weak] += (angles.T @ u).to(uh)
-        answers[:weak] += (angles.T @ v).to(uh)
-        u, v = u - angles @ strong_u, v - angles @ strong_v
-        turn = torch.linalg.eigh(_gram(v))[1].T.flip(0)
-        uh[weak:], answers[weak:] = turn @ u, turn @ v
-        if left <= LAST:
-            break
+        for rows in (uh, answers):
+            strong = rows[:weak].clone()
+            rows[:weak].addmm_(angles.T, rows[weak:])
+            rows[weak:].addmm_(angles, strong, alpha=-1)
+        wide = torch.float64 if left <= LAST else torch.float32
+        turn = torch.linalg.eigh(_gram(answers[weak:].to(wide)))[1].T.flip(0)
+        for rows in (uh, answers):
+            rows[weak:] = turn @ rows[weak:].to(wide)
         first = weak
     s, order = answers.norm(dim=1).sort(descending=True, stable=True)
     vh = answers.index_select(0, order).div_(s[:, None].clamp_min(torch.finfo(s.dtype).tiny))
