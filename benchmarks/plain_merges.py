@@ -11,7 +11,7 @@ Both run with one arithmetic thread (OMP_NUM_THREADS=1), in turns, so that what 
 table has medians. mergekit runs with the flags that were best for it on a CPU (small shards, written beside), and once
 more at its defaults for the average. Ours runs one tensor after the other and, in rows of their own, by its default
 backend. CPU seconds are user and system time of the program and its children; memory is RssAnon, what a process holds
-beyond mapped files, over all its processes, sampled every 20 ms. Linux only.
+beyond mapped files, over all its processes, sampled while they run. Linux only.
 
 What is compared is not the same to the last bit. mergekit computes in the dtype of the files (bfloat16 here) and trims
 TIES tensor by tensor; ours computes in float32 and, as in the paper, trims over the whole model: the rows with
@@ -22,23 +22,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
-import statistics
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from llama_family import make_family
+from measuring import Report, Run, machine, measure, median, superpose
 
 BEST_FLAGS = ("--out-shard-size", "250M", "--async-write")
-SECONDS_BETWEEN_SAMPLES = 0.02
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -58,15 +53,6 @@ class Row:
     ours: tuple[str, ...]
     backend: tuple[str, ...] = ("--backend", "serial")
     flags: tuple[str, ...] = BEST_FLAGS
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one run took."""
-
-    cpu: float
-    wall: float
-    memory: float
 
 
 SUM = ("--scaling-factor", "0.3")
@@ -101,76 +87,25 @@ def mergekit_recipe(method: str, models: Sequence[Path]) -> str:
     return json.dumps(recipe, indent=2)
 
 
-def processes_of(root: int) -> list[int]:
-    """Return a process and all below it."""
-    found = [root]
-    for process in found:
-        for thread in Path(f"/proc/{process}/task").glob("*"):
-            try:
-                found += map(int, (thread / "children").read_text().split())
-            except (FileNotFoundError, ProcessLookupError):  # it has ended
-                continue
-    return found
-
-
-def anonymous_memory(process: int) -> int:
-    """Return the anonymous memory of a process in bytes, 0 when it is gone."""
-    try:
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except (FileNotFoundError, ProcessLookupError):
-        pass
-    return 0
-
-
-def measure(command: Sequence[str]) -> Run:
-    """Run a command to its end.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    before, start, peak = os.times(), time.perf_counter(), 0
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
-        while process.poll() is None:
-            peak = max(peak, sum(map(anonymous_memory, processes_of(process.pid))))
-            time.sleep(SECONDS_BETWEEN_SAMPLES)
-        wall = time.perf_counter() - start
-        errors.seek(0)
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{errors.read().decode(errors='replace')}")
-    after = os.times()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return Run(cpu, wall, peak / 2**20)
-
-
-def median(runs: Sequence[Run]) -> Run:
-    """Return the medians, number by number."""
-    return Run(*(statistics.median(getattr(run, name) for run in runs) for name in ("cpu", "wall", "memory")))
-
-
 def compare(row: Row, models: Sequence[Path], mergekit: str, runs: int) -> tuple[Run, Run]:
     """Return the medians of ours and of mergekit, run in turns."""
     ours, theirs = [], []
     for _ in range(runs):
         with tempfile.TemporaryDirectory(dir=models[0].parent) as scratch:
             out, recipe = Path(scratch) / "out", Path(scratch) / "recipe.yml"
-            method, *options = row.ours
-            command = [sys.executable, "-m", "superpose", "merge", *map(str, models), "-o", str(out), "--quiet"]
-            ours.append(measure([*command, "--method", method, *options, *row.backend]))
+            command = superpose("merge", *models, "-o", out, "--quiet", "--method", *row.ours, *row.backend)
+            ours.append(measure(command, **ONE_THREAD))
             shutil.rmtree(out)
             recipe.write_text(mergekit_recipe(row.method, models))
-            theirs.append(measure([mergekit, str(recipe), str(out), "--random-seed", "0", *row.flags]))
+            command = [mergekit, str(recipe), str(out), "--random-seed", "0", *row.flags]
+            theirs.append(measure(command, **ONE_THREAD))
     return median(ours), median(theirs)
 
 
-def line(row: Row, ours: Run, theirs: Run) -> str:
-    """Return one line of the table, ratios first."""
+def cells(row: Row, ours: Run, theirs: Run) -> list[str]:
+    """Return one row of the table, ratios first."""
     ratios = [f"{theirs.cpu / ours.cpu:.1f}", f"{theirs.wall / ours.wall:.1f}", f"{theirs.memory / ours.memory:.1f}"]
-    numbers = [f"{run.cpu:.1f} / {run.wall:.1f} / {run.memory:.0f}" for run in (ours, theirs)]
-    return f"| {' | '.join([row.name, *ratios, *numbers])} |"
+    return [row.name, *ratios, *(f"{run.cpu:.1f} / {run.wall:.1f} / {run.memory:.0f}" for run in (ours, theirs))]
 
 
 def main() -> None:
@@ -192,23 +127,19 @@ def main() -> None:
         "import importlib.metadata as m; print(m.version('mergekit'))",
     ]
     version = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
-    lines = [
-        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f};"
-        f" Python {platform.python_version()}, torch {torch.__version__}, mergekit {version};"
-        f" {arguments.size}, {len(models) - 1} fine-tunes, bfloat16;"
-        f" medians of {arguments.runs}",
-        "",
-        "| merge | CPU, times less | wall | memory | ours: CPU s / wall s / MiB | mergekit: CPU s / wall s / MiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines), flush=True)
+    report = Report(arguments.report)
+    report.say(
+        f"{machine()}, mergekit {version};"
+        f" {arguments.size}, {len(models) - 1} fine-tunes, bfloat16; medians of {arguments.runs}"
+    )
+    report.table(
+        "merge", "CPU, times less", "wall", "memory", "ours: CPU s / wall s / MiB", "mergekit: CPU s / wall s / MiB"
+    )
     for row in rows():
         if arguments.only and row.name not in arguments.only:
             continue
-        lines.append(line(row, *compare(row, models, arguments.mergekit, arguments.runs)))
-        print(lines[-1], flush=True)
-    if arguments.report:
-        arguments.report.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        report.row(*cells(row, *compare(row, models, arguments.mergekit, arguments.runs)))
+    report.write()
 
 
 if __name__ == "__main__":
