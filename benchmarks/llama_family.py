@@ -2,12 +2,13 @@
 
     python benchmarks/llama_family.py --size 135m --out FOLDER        270 MB a model, under a minute
     python benchmarks/llama_family.py --size 1b --out FOLDER          2.2 GB a model, a few minutes
+    python benchmarks/llama_family.py --size 7b --out FOLDER --sparse  13.5 GB a model in name, nothing on the disk
 
 Weights are random, but names, shapes, dtype (bf16), config and tokenizer are those of models that users merge: 135m
-has the shape of SmolLM-135M (30 layers, hidden 576, tied head), 1b that of TinyLlama-1.1B, tiny is a toy. A fine-tune
-is its base plus noise, 3% of each tensor's own spread, half of it of rank 16. Every tensor has a generator of its own,
-seeded by member and name, so that any of them can be made again alone. With --layers the depth changes; with --sparse
-the files have full size and no content, which is enough to measure memory.
+has the shape of SmolLM-135M (30 layers, hidden 576, tied head), 1b that of TinyLlama-1.1B, 7b that of Llama-2-7B, tiny
+is a toy. A fine-tune is its base plus noise, 3% of each tensor's own spread, half of it of rank 16. Every tensor has a
+generator of its own, seeded by member and name, so that any of them can be made again alone. With --layers the depth
+changes; with --sparse the files have full size and no content, which is enough to measure memory.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ import argparse
 import hashlib
 import json
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 from superpose.checkpoints.headers import DTYPE_NAMES
 from superpose.checkpoints.writer import StreamWriter, lay_out
+from superpose.run import INDEX_FILE
 
 SHAPES = {
     "tiny": {
@@ -41,6 +46,10 @@ SHAPES = {
         "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
         "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False,
     },
+    "7b": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 SPREAD = 0.02
 NOISE = 0.03
@@ -53,10 +62,12 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def tensor_of(member: str, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return one tensor of one member of the family, in bf16."""
+def tensor_of(
+    member: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, deviation: float = NOISE * SPREAD
+) -> Tensor:
+    """Return one tensor of one member of a family, whose fine-tunes are that far from the base."""
     noise = torch.randn(shape, generator=generator("base", name))
-    base = (1 + 0.05 * noise if len(shape) == 1 else SPREAD * noise).bfloat16()
+    base = (1 + 0.05 * noise if len(shape) == 1 else SPREAD * noise).to(dtype)
     if member == "base":
         return base
     draw = generator(member, name)
@@ -66,15 +77,14 @@ def tensor_of(member: str, name: str, shape: tuple[int, ...]) -> Tensor:
         right = torch.randn((RANK, shape[1]), generator=draw)
         delta = 0.5**0.5 * (delta + left @ right / RANK**0.5)
     # The fine-tune starts from what was stored, not from what was meant.
-    return (base.float() + NOISE * SPREAD * delta).bfloat16()
+    return (base.float() + deviation * delta).to(dtype)
 
 
-def shapes_of(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield names and shapes of a model that is never allocated, tied copies left out."""
+def shapes_of(architecture: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a model that is never allocated, tied copies left out."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        yield name, tuple(parameter.shape)
+        model = architecture(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -92,16 +102,22 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2))
 
 
-def make_member(folder: Path, member: str, config: LlamaConfig, sparse: bool) -> int:
-    """Write one member of the family and return its number of parameters."""
+def make_member(
+    folder: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    shapes: Mapping[str, tuple[int, ...]],
+    draw: Callable[[str, tuple[int, ...]], Tensor] | None,
+) -> None:
+    """Write one member of a family: each tensor as it is drawn, or files of that size and no content."""
+    start = time.perf_counter()
     scratch = folder.with_name(f".{folder.name}.making")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     config.save_pretrained(scratch)
     write_tokenizer(scratch)
-    shapes = dict(shapes_of(config))
-    layout = lay_out([(name, DTYPE_NAMES[torch.bfloat16], shape) for name, shape in shapes.items()], 5 * 10**9)
-    if sparse:
+    layout = lay_out([(name, DTYPE_NAMES[dtype], shape) for name, shape in shapes.items()], 5 * 10**9)
+    if draw is None:
         for file in layout.files:
             with (scratch / file.name).open("wb") as stream:
                 stream.write(file.header)
@@ -109,26 +125,43 @@ def make_member(folder: Path, member: str, config: LlamaConfig, sparse: bool) ->
     else:
         writer = StreamWriter(scratch, layout)
         for name, shape in shapes.items():
-            writer.write(name, 0, tensor_of(member, name, shape))
+            writer.write(name, 0, draw(name, shape))
         writer.close()
+    if (index := layout.index()) is not None:
+        (scratch / INDEX_FILE).write_text(index)
     scratch.rename(folder)
-    return sum(torch.Size(shape).numel() for shape in shapes.values())
+    print(f"{folder}: {parameters(shapes) / 1e6:.1f}M parameters, {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+def parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return how many entries all tensors have."""
+    return sum(map(prod, shapes.values()))
+
+
+def members(fine_tunes: int) -> list[str]:
+    """Return the names of a family's members, the base first."""
+    return ["base", *(f"ft{number}" for number in range(1, fine_tunes + 1))]
+
+
+def llama_config(size: str, layers: int | None = None) -> LlamaConfig:
+    """Return the configuration of a size, of another depth if one is given."""
+    options = SHAPES[size] | ({"num_hidden_layers": layers} if layers else {})
+    config = LlamaConfig(**options, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    return config
 
 
 def make_family(
     out: Path, size: str, fine_tunes: int = 3, layers: int | None = None, sparse: bool = False
 ) -> list[Path]:
     """Make the members that are not there yet and return their folders, the base first."""
-    options = SHAPES[size] | ({"num_hidden_layers": layers} if layers else {})
-    config = LlamaConfig(**options, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, dtype="bfloat16")
-    config.architectures = ["LlamaForCausalLM"]
-    folders = []
-    for member in ["base", *(f"ft{number}" for number in range(1, fine_tunes + 1))]:
-        folders.append(out / member)
-        if not folders[-1].exists():
-            start = time.perf_counter()
-            count = make_member(folders[-1], member, config, sparse)
-            print(f"{folders[-1]}: {count / 1e6:.1f}M parameters, {time.perf_counter() - start:.1f} s", flush=True)
+    config = llama_config(size, layers)
+    shapes = shapes_of(LlamaForCausalLM, config)
+    folders = [out / member for member in members(fine_tunes)]
+    for folder in folders:
+        if not folder.exists():
+            draw = None if sparse else partial(tensor_of, folder.name, dtype=torch.bfloat16)
+            make_member(folder, config, torch.bfloat16, shapes, draw)
     return folders
 
 
