@@ -65,6 +65,21 @@ def test_the_bytes_are_those_of_serial(tmp_path, connected, method):
     assert ray.is_initialized(), "a connection that the caller made is the caller's to end"
 
 
+def add_up(value):
+    value += 1
+    return value
+
+
+def large_table(number):
+    return torch.full((200_000,), float(number)).numpy()
+
+
+def test_large_results_can_be_added_to(connected, carry):
+    """Surveys add values up in place; Ray's own arrays are read-only from some size on."""
+    results = [add_up(value) for _, value in make_backend("ray", 2, 10**9).map(carry(large_table), [1, 2], [1, 1])]
+    assert sorted(float(value[-1]) for value in results) == [2.0, 3.0]
+
+
 def test_comparing_gives_the_same_numbers(tmp_path, connected):
     folders = make_family(tmp_path)
     found = [library.compare(folders[0], folders[1:], backend=backend) for backend in ("serial", "ray")]

@@ -176,7 +176,7 @@ class Backend:
         if outcome == "raised":
             error, there = value
             raise error from RuntimeError(there)
-        return value
+        return pickle.loads(value)  # noqa: S301 - from our own code on a node of our cluster
 
 
 @cache
@@ -204,15 +204,16 @@ def perform(identity: str, held: list[Any], item: bytes) -> tuple[str, Any]:
         item: the pickled item.
 
     Returns:
-        "done" and the result, "raised" and the exception with its traceback, or "other code" and which: as values,
-        since Ray would wrap what is raised.
+        "done" and the pickled result, "raised" and the exception with its traceback, or "other code" and which: as
+        values, since Ray would wrap what is raised.
     """
     if identity != _identity():
         return "other code", f"{socket.gethostname()}: {_identity()}"
     torch.set_num_threads(1)
     keep_freed_memory()  # the worker is a process of ours
     try:
-        return "done", _function(held[0])(pickle.loads(item))  # noqa: S301 - the driver's, through its own cluster
+        result = _function(held[0])(pickle.loads(item))  # noqa: S301 - the driver's, through its own cluster
+        return "done", pickle.dumps(result)  # as bytes: Ray hands out arrays that cannot be added to
     except Exception as error:  # raised again by the driver, whatever it is
         return "raised", _portable(error)
 
