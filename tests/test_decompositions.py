@@ -11,6 +11,7 @@ from tests.families import make_family
 from tests.families import superpose as run
 
 import superpose
+import superpose.api
 from superpose.decompositions import DecompositionCache, open_cache
 from superpose.errors import SuperposeError
 from superpose.registry import Remembered
@@ -151,6 +152,22 @@ def test_failure_to_write_does_not_stop_the_merge_and_is_said(tmp_path):
     assert any("cannot be written" in problem for problem in cache.problems())
 
 
+def test_folder_that_is_taken_away_does_not_stop_the_merge(tmp_path):
+    cache = open_cache(tmp_path / "cache", 10**6)
+    cache.folder.rmdir()
+    assert remember(cache)[1]
+    assert any("cannot be written" in problem for problem in cache.problems())
+
+
+def test_folders_in_the_folder_are_left_alone(tmp_path):
+    cache = open_cache(tmp_path, 700)
+    (tmp_path / "odd.entry").mkdir()
+    for number in range(3):
+        remember(cache, f"{number}")
+    assert cache.problems() == ()
+    assert (tmp_path / "odd.entry").is_dir()
+
+
 def _fill(folder):
     cache = open_cache(Path(folder), 8000)
     for step in range(60):
@@ -248,6 +265,41 @@ def test_several_scaling_factors_are_solved_once(family, tmp_path, monkeypatch):
     assert once > 0
     assert len(solved) == 2 * once
     assert [record.recipe["options"]["scaling_factor"] for record in records] == [0.2, 0.5, 0.8]
+
+
+def test_one_factor_left_goes_on_with_what_is_solved(family, tmp_path, monkeypatch):
+    recipe = {"base": str(family[0]), "models": [{"path": str(path)} for path in family[1:]]}
+    run_plan = superpose.api.run_plan
+    monkeypatch.setattr(
+        "superpose.api.run_plan",
+        lambda plan, place, *rest: run_plan(plan, place, *rest) if place.name == "x-0.2" else pytest.fail("stopped"),
+    )
+    with pytest.raises(pytest.fail.Exception):
+        superpose.merge_scaled(recipe, tmp_path / "x-{scaling_factor}", [0.2, 0.5])
+    assert (tmp_path / "x-all-factors.partial").is_dir()
+    monkeypatch.undo()
+    monkeypatch.setattr("superpose.methods.stf.superpose_features", lambda *_, **__: pytest.fail("solved again"))
+    paths = [str(path) for path in family]
+    done = run("merge", *paths, "--scaling-factor", "0.5", "-o", tmp_path / "x-{scaling_factor}")
+    assert "x-0.5" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.2", "x-0.5"]
+
+
+def test_scaling_factors_must_be_some(family, tmp_path):
+    recipe = {"base": str(family[0]), "models": [str(path) for path in family[1:]]}
+    for output, factors in (("x-{scaling_factor}", []), ("x", [0.5])):
+        with pytest.raises(SuperposeError, match="a folder each"):
+            superpose.merge_scaled(recipe, tmp_path / output, factors)
+
+
+def test_cache_inside_the_output_is_refused(family, tmp_path):
+    with pytest.raises(SuperposeError, match="part of the output"):
+        merged(family, tmp_path / "out", cache=tmp_path / "out.partial" / "cache")
+
+
+def test_size_of_the_cache_is_named_when_it_is_none(family, tmp_path):
+    with pytest.raises(SuperposeError, match="--cache-size"):
+        merged(family, tmp_path / "out", cache=tmp_path / "cache", cache_size="lots")
 
 
 @pytest.mark.parametrize("output", ["out", "out-{scaling_factor}"])

@@ -12,6 +12,9 @@ from typer.testing import CliRunner
 import superpose as library
 from superpose import RunRecord, SuperposeError
 from superpose.cli import app
+from superpose.planning import Settings, make_plan
+from superpose.recipe import load_recipe
+from superpose.run import run_plan
 
 METHODS = [method.name for method in library.list_methods()]
 MOST = {method.name: method.models[1] for method in library.list_methods()}
@@ -370,3 +373,14 @@ def test_nan_in_the_base_is_refused_by_methods_on_weights_too(tmp_path, method):
     with pytest.raises(SuperposeError, match="1 entries are NaN or infinite") as caught:
         library.merge(recipe(folders, method=method), tmp_path / "out")
     assert str(folders[0] / "model.safetensors") in caught.value.where
+
+
+@pytest.mark.parametrize("gone", [0, 2])
+def test_input_that_vanishes_in_mid_run_is_named(tmp_path, gone):
+    folders = make_family(tmp_path)
+    plan = make_plan(load_recipe({"base": str(folders[0]), "models": list(map(str, folders[1:]))}), Settings(), None)
+    (folders[gone] / "model.safetensors").unlink()
+    with pytest.raises(SuperposeError, match="is gone since") as caught:
+        run_plan(plan, tmp_path / "out")
+    assert str(folders[gone]) in caught.value.where
+    assert not (tmp_path / "out").exists()

@@ -81,7 +81,7 @@ def merge(
     """
     settings = Settings(
         device, backend, workers, _bytes(memory), measure, overwrite, ray_address,
-        None if cache is None else str(absolute(cache)), _bytes(cache_size), split_tensors,
+        None if cache is None else str(absolute(cache)), _bytes(cache_size, "--cache-size"), split_tensors,
     )  # fmt: skip
     output = absolute(output)
     return run_plan(make_plan(load_recipe(recipe), settings, output), output, report)
@@ -119,13 +119,15 @@ def merge_scaled(
         SuperposeError: as for `merge`; or the name of the output is the same for two factors.
         Problems: several things are not as they should be.
     """
-    outputs = [absolute(str(output).replace(FACTOR, f"{factor:g}")) for factor in scaling_factors]
-    if len(set(outputs)) < len(outputs):
+    names = [str(factor).removesuffix(".0") for factor in scaling_factors]
+    if FACTOR not in str(output) or not names or len(set(names)) < len(names):
         mend = f"put {FACTOR} into the name, and name each factor once"
-        raise SuperposeError("several scaling factors would be written to one folder", where=str(output), mend=mend)
+        raise SuperposeError("scaling factors need a folder each", where=f"output {output}", mend=mend)
+    outputs = [absolute(str(output).replace(FACTOR, name)) for name in names]
     asked = load_recipe(recipe)
-    limit = _bytes(cache_size)
-    made = Settings(memory=_bytes(memory), cache=cache and str(absolute(cache)), cache_size=limit, **settings)
+    kept_in = None if cache is None else str(absolute(cache))
+    limit = _bytes(cache_size, "--cache-size")
+    made = Settings(memory=_bytes(memory), cache=kept_in, cache_size=limit, **settings)
     plans = [
         make_plan(
             load_recipe(asked.model_dump(mode="json") | {"options": {**asked.options, "scaling_factor": factor}}),
@@ -397,8 +399,8 @@ def absolute(output: str | Path) -> Path:
     return Path(output).expanduser().resolve()
 
 
-def _bytes(memory: int | str) -> int:
+def _bytes(size: int | str, where: str = "--memory") -> int:
     try:
-        return parse_bytes(memory)
+        return parse_bytes(size)
     except ValueError as error:
-        raise SuperposeError(str(error), where="--memory", mend="write a size such as 4GiB") from error
+        raise SuperposeError(str(error), where=where, mend="write a size such as 4GiB") from error

@@ -117,8 +117,8 @@ class DecompositionCache:
         size = _DIGEST_BYTES + len(body)
         if size > self.limit:
             return
-        self._make_room(size)
         try:
+            self._make_room(size)
             with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
                 try:
                     file.write(hashlib.sha256(body).digest())
@@ -157,6 +157,8 @@ class DecompositionCache:
             try:
                 status = path.stat()
             except FileNotFoundError:  # another run has removed it since it was listed
+                continue
+            if not path.is_file():
                 continue
             if path.suffix == SUFFIX:
                 found.append((status.st_mtime, status.st_size, path))

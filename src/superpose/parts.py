@@ -135,7 +135,10 @@ def read_ahead(item: WorkItem) -> None:
     for header in (item.base, *item.tuned):
         if header is None or header.offset is None or not header.nbytes:  # of length 0 means to the end
             continue
-        descriptor = os.open(header.file, os.O_RDONLY)
+        try:
+            descriptor = os.open(header.file, os.O_RDONLY)
+        except FileNotFoundError:
+            return  # the item's own turn will tell
         try:
             os.posix_fadvise(descriptor, header.offset, header.nbytes, os.POSIX_FADV_WILLNEED)
         finally:
@@ -151,7 +154,11 @@ def read_tensor(header: TensorHeader) -> Tensor:
     """Return a tensor as a view of its file (or as it is, if it is in memory): never written to."""
     if isinstance(header, TensorInMemory):
         return header.tensor
-    status = header.file.stat()
+    try:
+        status = header.file.stat()
+    except FileNotFoundError as error:
+        mend = "put the file back and run the same command again: finished tensors are kept"
+        raise SuperposeError("the file is gone since the merge began", where=str(header.file), mend=mend) from error
     return _reader(header.file, status.st_size, status.st_mtime_ns).read(header.name)
 
 

@@ -23,7 +23,7 @@ from superpose.checkpoints.sidecars import copy_sidecars
 from superpose.checkpoints.writer import StreamWriter, as_bytes
 from superpose.decompositions import open_cache
 from superpose.elsewhere import MergeElsewhere, merge_elsewhere, with_inputs_checked
-from superpose.errors import raise_all
+from superpose.errors import SuperposeError, raise_all
 from superpose.journal import Journal
 from superpose.merge_tensor import merge_item, survey_item
 from superpose.output_folder import locked, make_partial, publish, remove_strangers, settle_replaced
@@ -80,6 +80,11 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None, cache: Cach
     partial_folder = output.with_name(output.name + ".partial")
     settings = plan.settings
     if cache is None and settings.cache is not None:
+        if partial_folder in (Path(settings.cache), *Path(settings.cache).parents):
+            mend = "name a folder that is not the output's"
+            raise SuperposeError(
+                "the cache would become part of the output", where=f"--cache {settings.cache}", mend=mend
+            )
         cache = open_cache(Path(settings.cache), settings.cache_size)
     backend = make_backend(settings.backend, settings.workers, settings.memory, settings.ray_address)
     backend = with_inputs_checked(backend, plan.items)

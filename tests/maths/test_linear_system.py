@@ -221,7 +221,7 @@ def test_systems_too_large_to_write_out_are_solved_by_products_alone(consistent,
     operator = Product(torch.from_numpy(root).to(dtype))
     assert isinstance(operator, SymmetricOperator)
     solution = solve_psd(operator, torch.from_numpy(right).to(dtype))
-    assert solution.solver == "cgnr"
+    assert solution.solver == "cr"
     assert relative_error(solution.x, x) < 30 * ACCURACY[dtype]
     missed = np.linalg.norm(gram @ x - right) / np.linalg.norm(right)
     assert solution.residual == pytest.approx(missed, abs=5 * ACCURACY[dtype])
@@ -236,3 +236,25 @@ def test_well_conditioned_systems_take_few_products():
     assert solution.solver == "cg"
     assert operator.products < 30
     assert 1.8 < solution.condition < 3.3  # in the limit ((1 + sqrt(0.08)) / (1 - sqrt(0.08)))^2 = 3.2
+
+
+@every_dtype
+def test_right_side_that_the_system_cannot_answer_at_all_has_the_answer_zero(dtype, monkeypatch):
+    """Opposite tasks: whatever one asks for, the other forbids. Its image is rounding, not to be divided by."""
+    monkeypatch.setattr(linear_system, "MOST_DENSE", SMALL)
+    half = np.eye(100)
+    gram = torch.from_numpy(np.block([[half, -half], [-half, half]])).to(dtype)
+    right = torch.from_numpy(np.tile(np.random.default_rng(0).uniform(0.1, 2, 100), 2)).to(dtype)
+    solution = solve_psd(gram, right)
+    assert solution.converged
+    answer = gram @ solution.x
+    assert float(answer.norm()) < 1e-5 * float(right.norm())
+    assert solution.residual == pytest.approx(1, rel=1e-5)
+
+
+def test_iteration_that_is_given_up_is_said(monkeypatch):
+    monkeypatch.setattr(linear_system, "MOST_DENSE", SMALL)
+    monkeypatch.setattr(linear_system, "MOST_RESIDUAL_ITERATIONS", 3)
+    rng = np.random.default_rng(0)
+    gram, _ = system_with(rng, np.geomspace(1e-9, 1, SMALL + 40))
+    assert not solve(gram, rng.standard_normal(SMALL + 40), torch.float64).converged

@@ -106,3 +106,51 @@ def test_backend_lets_idle_threads_help():
     backend = Backend(2, 10**9)
     results = list(backend.map(lambda _: side_by_side(lambda _: both.wait(), range(2), most=2), ["item"], [1]))
     assert len(results) == 1
+
+
+def test_nobody_begins_another_piece_after_one_has_failed():
+    begun = []
+
+    def fail(piece):
+        begun.append(piece)
+        time.sleep(0.05)
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        in_crew(2, lambda: side_by_side(fail, range(40), most=2))
+    assert len(begun) <= 2
+
+
+def test_helper_goes_back_when_it_is_crowded():
+    """Three workers, two of which get work of their own while they help: no more than three compute in the end."""
+    crew, lock, now = Crew(3), threading.Lock(), [0]
+    highest, started = [0], threading.Event()
+
+    def count(_):
+        with lock:
+            now[0] += 1
+            highest[0] = max(highest[0], now[0]) if started.is_set() else 0
+        time.sleep(0.02)
+        with lock:
+            now[0] -= 1
+
+    def own_work():
+        with crew.at_work():
+            time.sleep(0.1)  # those who help see it after the piece in hand
+            started.set()
+            with lock:
+                now[0] += 1
+            time.sleep(0.3)
+            with lock:
+                now[0] -= 1
+
+    with crew.at_work():
+        others = [threading.Thread(target=own_work) for _ in range(2)]
+        timer = threading.Timer(0.05, lambda: [thread.start() for thread in others])
+        timer.start()
+        side_by_side(count, range(25), most=3)
+        timer.join()
+        for thread in others:
+            thread.join()
+    crew.close()
+    assert 0 < highest[0] <= 3

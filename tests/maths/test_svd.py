@@ -257,6 +257,33 @@ def test_flat_matrices_are_told_from_others():
         assert not _is_flat(spread(kind, (160, 160)))
 
 
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        torch.cat([torch.zeros(120, 500), torch.randn(420, 500, generator=torch.Generator().manual_seed(0))]),
+        torch.cat([torch.randn(420, 500, generator=torch.Generator().manual_seed(0)), torch.zeros(120, 500)]),
+        torch.diag(torch.cat([torch.ones(450), torch.zeros(150)])),
+        torch.kron(torch.eye(150), torch.ones(4, 4)),
+        torch.kron(torch.eye(64), torch.tensor([[1.0, 1.0], [1.0, -1.0]])).repeat(5, 5)[:600, :640],
+    ],
+    ids=["zeros first", "zeros last", "projection", "equal values", "Hadamard blocks"],
+)
+def test_zeros_and_equal_strengths_by_the_hundred_are_decomposed(matrix):
+    """Sizes at which float32's Gram matrix is used: its weak end has nothing left to tell apart."""
+    features = thin_svd(matrix)
+    assert features.count == np.linalg.matrix_rank(matrix.double().numpy())
+    assert_decomposes(features, matrix, 2e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (200, 300), (300, 300)])
+def test_denormal_matrices_are_decomposed_as_exactly_as_they_are_known(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-41
+    for features in (thin_svd(matrix), leading_svd(matrix, 10)):
+        assert features.count >= 10
+        exact = np.linalg.svd(matrix.double().numpy() * 2.0**130, compute_uv=False)
+        assert float(features.s[0].double()) * 2.0**130 == pytest.approx(exact[0], rel=0.2)
+
+
 # Leading features.
 
 
@@ -300,3 +327,24 @@ def test_features_that_hold_an_energy_hold_it(energy, kind):
     assert float(features.s.double().square().sum()) >= energy * total * (1 - 1e-6)
     exact = leading(thin_svd(matrix), None, energy)
     assert exact.count <= features.count <= 1.5 * exact.count + 8
+
+
+def test_features_of_sparse_matrices_are_told_apart():
+    """Single entries, of which a sketch that adds up columns could mix some for good."""
+    places = torch.randperm(600, generator=torch.Generator().manual_seed(0))[:40]
+    matrix = torch.zeros(600, 700)
+    matrix[places, places] = 1
+    assert leading_svd(matrix, 64).count == 40
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(1024, 1024, generator=generator) * (torch.rand(1024, 1024, generator=generator) < 5e-4)
+    exact = np.linalg.svd(matrix.double().numpy(), compute_uv=False)[:200]
+    assert float(leading_svd(matrix, 200).s.double().square().sum()) > 0.97 * (exact**2).sum()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_periodic_columns_do_not_cancel_in_a_sketch(sign):
+    """Columns j and j + period alike or opposite, whatever the width of the sketch."""
+    half = torch.randn(400, 72, generator=torch.Generator().manual_seed(0))
+    matrix = torch.cat([half, sign * half, half, sign * half, half], dim=1)
+    exact = np.linalg.svd(matrix.double().numpy(), compute_uv=False)[:64]
+    assert float(leading_svd(matrix, 64).s.double().square().sum()) > 0.95 * (exact**2).sum()

@@ -14,7 +14,7 @@ from superpose.kinds import Kind
 from superpose.maths.linear_system import SMALL
 from superpose.maths.sparsify import find_cuts
 from superpose.maths.svd import svd_of_product, thin_svd
-from superpose.methods.stf import StfOptions, stf, superpose_features
+from superpose.methods.stf import StfOptions, stf, stf_cost, superpose_features
 
 DTYPES = [(torch.float32, 1e-5), (torch.float64, 1e-10)]
 every_dtype = pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
@@ -690,3 +690,32 @@ def test_energy_of_large_matrices_is_held(energy):
     exact = merge(matrices, energy=energy, decomposition="exact")
     assert exact.stats["features"] <= merged.stats["features"] <= 1.5 * exact.stats["features"] + 8
     assert merged.stats["worst"] < 1e-5
+
+
+@pytest.mark.parametrize("apart", [1e-2, 1e-3])
+def test_large_systems_of_nearly_parallel_tasks_are_not_taken_for_contradictions(apart, monkeypatch):
+    """Beyond what is written out, by an iteration: it is solved, or given up and said, but no task is blamed."""
+    monkeypatch.setattr("superpose.maths.linear_system.MOST_DENSE", 150)
+    first = random_tensors(130, 140).float()
+    tasks = torch.stack([first, first + apart * random_tensors(130, 140, seed=9).float()])
+    merged = merge(tasks)
+    assert merged.stats["solver"] in ("cg", "cr")
+    assert not any("contradict" in caution.text for caution in merged.cautions)
+    exact = merge(tasks.double(), solver="eigh")
+    assert float((merged.tensor - exact.tensor).norm() / exact.tensor.norm()) < 0.02
+
+
+def test_large_systems_of_opposite_tasks_cancel(monkeypatch):
+    monkeypatch.setattr("superpose.maths.linear_system.MOST_DENSE", 150)
+    first, second = random_tensors(2, 90, 100).float()
+    merged = merge([first, -first, second, -second])
+    assert float(merged.tensor.norm()) < 1e-3 * float(first.norm())
+    assert "contradict" in merged.cautions[0].text
+
+
+def test_memory_counts_what_the_options_ask_for():
+    plain = stf_cost((900, 900), 8, StfOptions()).memory
+    assert stf_cost((900, 900), 8, StfOptions(solver="eigh")).memory > plain
+    fewer = StfOptions(feature_share=0.1)
+    assert stf_cost((900, 900), 8, fewer).memory < 0.5 * plain
+    assert stf_cost((900, 900), 8, StfOptions(feature_share=0.1, check_share=0.1)).memory > plain

@@ -88,7 +88,7 @@ def _recalled(content: Any) -> Architecture | None:
         kinds = {str(name): Kind(kind) for name, kind in content["kinds"].items()}
         groups = {str(name): int(count) for name, count in content["groups"].items()}
         return Architecture(kinds, groups, {str(name): str(other) for name, other in content["tied"].items()})
-    except (TypeError, KeyError, ValueError, AttributeError):
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return None
 
 

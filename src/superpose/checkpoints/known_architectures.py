@@ -48,7 +48,7 @@ def recall(place: Path | None) -> Any:
         return None
     try:
         return json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -108,8 +108,8 @@ def recipe_from(
     return load_recipe(content)
 
 
-def several_scaling_factors(arguments: Sequence[str]) -> tuple[list[float], list[str]]:
-    """Return the scaling factors if there are several (--scaling-factor 0.4 0.6), and the other arguments."""
+def scaling_factors(arguments: Sequence[str], output: Path) -> tuple[list[float], list[str]]:
+    """Return the scaling factors that make an output each (--scaling-factor 0.4 0.6), and the other arguments."""
     for place, argument in enumerate(arguments):
         if argument not in ("--scaling-factor", "--scaling_factor"):
             continue
@@ -117,7 +117,7 @@ def several_scaling_factors(arguments: Sequence[str]) -> tuple[list[float], list
         while stop < len(arguments) and (number := _number(arguments[stop])) is not None:
             factors.append(number)
             stop += 1
-        if len(factors) > 1:
+        if len(factors) > 1 or (factors and "{scaling_factor}" in output.name):
             return factors, [*arguments[:place], *arguments[stop:]]
     return [], list(arguments)
 

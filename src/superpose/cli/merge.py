@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from superpose.cli import common
-from superpose.cli.common import exit_codes, recipe_from, several_scaling_factors, size
+from superpose.cli.common import exit_codes, recipe_from, scaling_factors, size
 from superpose.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ def merge(
 
     Options of the method follow as --OPTION VALUE, such as --density 0.2; `superpose methods NAME` lists them.
     Interrupted or killed, the same command goes on where it was. Several values of --scaling-factor make an output
-    each, with {scaling_factor} in its name, and are solved once.
+    each, with {scaling_factor} in its name, and are solved once; going on, leave out those that are finished.
     """
     output = output.expanduser().resolve()
     with exit_codes(kept=output.parent / f"{output.name}.partial"):
         from superpose import api
 
-        factors, models = several_scaling_factors(models)
+        factors, models = scaling_factors(models, output)
         recipe = recipe_from(models, method=method, weights=weights, dtype=dtype, seed=seed, shard_size=shard_size)
         settings = {
             "device": device, "backend": backend, "ray_address": ray_address, "workers": workers, "memory": memory,

@@ -25,6 +25,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 MOST_DENSE = 6144
 """Up to this size a system that iterations do not solve is written out in float64, and takes 1.2 GiB."""
 MOST_ITERATIONS = 300
+MOST_RESIDUAL_ITERATIONS = 2000
 FEWEST_PROBES = 8
 MOST_PROBES = 24
 INVERSE_ITERATIONS = 8
@@ -73,6 +74,7 @@ class Solution:
         condition: largest over smallest nonzero eigenvalue of gram + ridge; exact from `eigh`, else an estimate that
             can be too small.
         solver: which route gave x.
+        converged: whether it came to its end; only conjugate residuals can be given up before.
     """
 
     x: Float[Tensor, " size"]
@@ -80,6 +82,7 @@ class Solution:
     residual: float
     condition: float
     solver: str
+    converged: bool = True
 
 
 def solve_psd(
@@ -94,7 +97,7 @@ def solve_psd(
     "auto": small systems by eigendecomposition; others by conjugate gradients (the spectrum sits near 1 unless tasks
     share features), checked by the true residual; then Cholesky; then, for a singular or inconsistent system, the
     truncated eigendecomposition, which gives the least-squares solution of minimum norm. Beyond `MOST_DENSE` unknowns
-    conjugate gradients on the normal equations take the place of both: slower, and in constant memory.
+    conjugate residuals take the place of both: they end in a least-squares solution, slower and in constant memory.
 
     Args:
         gram: symmetric, positive semidefinite, diagonal near 1.
@@ -118,9 +121,9 @@ def solve_psd(
     if regular and solver != "direct" and tried.x is not None:
         residual = _residual(operator, tried.x.to(operator.dtype), right.to(operator.dtype))
         return Solution(tried.x.to(dtype), size, residual, condition, "cg")
-    if size > MOST_DENSE and solver == "auto":
-        x = _by_normal_equations(operator, right, ridge)
-        return Solution(x, size, _residual(operator, x, right), condition, "cgnr")
+    if size > MOST_DENSE and solver in ("auto", "cg"):
+        x, converged = _by_conjugate_residuals(operator, right, ridge, high)
+        return Solution(x, size, _residual(operator, x, right), condition, "cr", converged)
     if regular:
         matrix = operator.dense().double()
         found = _by_cholesky(matrix, right.double(), ridge, cutoff * (high + ridge), TOLERANCE[dtype])
@@ -227,32 +230,45 @@ class _Lanczos:
         return float(values[0]), float(values[-1])
 
 
-def _by_normal_equations(gram: SymmetricOperator, right: Tensor, ridge: float) -> Tensor:
-    """Return the least-squares solution of minimum norm, as far as the iterations take it.
+def _by_conjugate_residuals(gram: SymmetricOperator, right: Tensor, ridge: float, high: float) -> tuple[Tensor, bool]:
+    """Return a least-squares solution, and whether it was reached.
 
-    Conjugate gradients on gram gram x = gram right, from zero: what is left of the right side outside the range never
-    enters, and directions of tiny eigenvalues enter last.
+    Stiefel 1955: of all vectors in the Krylov space, the one with the smallest residual. What the right side has
+    outside the range is what is left as residual; as much of it as got into x is taken out again, which makes the
+    solution the shortest (Liu, Milzarek and Roosta 2023, arXiv:2309.17096, "lifting"). It is reached when the residual
+    is gone, or lies where eigenvalues count as zero; rounding makes those a little negative, from where the iteration
+    would leave for anywhere, so that it ends at the smallest image of a residual.
     """
 
     def times(vector: Tensor) -> Tensor:
         return gram.times(vector[:, None])[:, 0] + ridge * vector
 
-    tolerance = TOLERANCE[right.dtype]
-    x, left = torch.zeros_like(right), right.clone()
-    gradient = times(left)
-    direction, squared = gradient.clone(), float(gradient.dot(gradient))
-    first = squared
-    for _ in range(MOST_ITERATIONS):
-        if squared <= tolerance**2 * first:
+    tolerance, norm = TOLERANCE[right.dtype], float(right.norm())
+    x, residual = torch.zeros_like(right), right.clone()
+    image = times(residual)
+    direction, direction_image = residual.clone(), image.clone()
+    energy = float(residual.dot(image))
+    best, best_residual, smallest, quotient = x.clone(), residual.clone(), float(image.norm()), 1.0
+    for _ in range(MOST_RESIDUAL_ITERATIONS):
+        size = float(image.norm())
+        if size <= smallest:
+            best.copy_(x)
+            best_residual.copy_(residual)
+            smallest, quotient = size, abs(energy) / max(float(residual.dot(residual)), 1e-300)
+        if size <= tolerance * (high + ridge) * norm or energy <= 0 or size > 10 * smallest:
             break
-        image = times(direction)
-        length = squared / float(image.dot(image))
+        length = energy / float(direction_image.dot(direction_image))
         x += length * direction
-        left -= length * image
-        gradient = times(left)
-        before, squared = squared, float(gradient.dot(gradient))
-        direction = gradient + (squared / before) * direction
-    return x
+        residual -= length * direction_image
+        image = times(residual)
+        before, energy = energy, float(residual.dot(image))
+        direction = residual + (energy / before) * direction
+        direction_image = image + (energy / before) * direction_image
+    left = float(best_residual.norm())
+    if left <= 10 * tolerance * norm:
+        return best, True
+    best -= (float(best.dot(best_residual)) / left**2) * best_residual
+    return best, quotient <= CUTOFF[right.dtype] * (high + ridge)
 
 
 def _by_cholesky(

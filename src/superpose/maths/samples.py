@@ -46,10 +46,12 @@ class Sample:
 
 
 def take_sample(chunks: TensorChunks, one_of: int) -> Sample:
-    """Return one of so many entries of a tensor, a power of two, in runs.
+    """Return one of so many entries of a tensor, a power of two, in runs; of a very large tensor one of more.
 
     Where in its window a run lies goes by the golden ratio: even, and in step with no length of rows.
     """
+    while chunks.numel > one_of * LARGEST_SAMPLE:
+        one_of *= 2
     pieces, window = [], _RUN * one_of
     for number, first in enumerate(range(0, chunks.numel, window)):
         size = min(window, chunks.numel - first)

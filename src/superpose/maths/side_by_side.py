@@ -54,6 +54,11 @@ class Crew:
             self._idle -= count
         return [self._helpers.submit(self._then_idle, function) for _ in range(count)]
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether more are at work than there are workers: one that helped has got work of its own since."""
+        return self._idle < 0
+
     def close(self) -> None:
         """Let the helpers' threads end."""
         self._helpers.shutdown()
@@ -90,14 +95,29 @@ def side_by_side(function: Callable[[Piece], Result], pieces: Sequence[Piece], *
     results: list[Any] = [None] * len(pieces)
     numbers = itertools.count()  # whoever is free takes the next
 
-    def work() -> None:
-        while (number := next(numbers)) < len(pieces):
-            results[number] = function(pieces[number])
-
+    failed = threading.Event()
     crew: Crew | None = getattr(_mine, "crew", None)
-    helping = crew.help_with(work, min(most, len(pieces)) - 1) if crew is not None else []
+
+    def help_out() -> None:
+        while crew is not None and not crew.is_crowded and not failed.is_set():
+            if not take_one():
+                return
+
+    def take_one() -> bool:
+        number = next(numbers)
+        if number >= len(pieces):
+            return False
+        try:
+            results[number] = function(pieces[number])
+        except BaseException:
+            failed.set()
+            raise
+        return True
+
+    helping = crew.help_with(help_out, min(most, len(pieces)) - 1) if crew is not None else []
     try:
-        work()
+        while not failed.is_set() and take_one():
+            pass
     finally:
         wait(helping)
     for helper in helping:

@@ -177,7 +177,8 @@ class MagnitudeSurvey:
 
     def memory(self, tasks: int, dtype: torch.dtype) -> int:
         """Return the bytes that one tensor's value takes at most."""
-        return tasks * (8 * _BINS[dtype] + dtype.itemsize * max(LARGEST_SAMPLE, _PIECE))
+        # A sample is put together from its pieces, and each row once more in order.
+        return tasks * (8 * _BINS[dtype] + dtype.itemsize * max(3 * LARGEST_SAMPLE, _PIECE))
 
     def passes(self, options, dtype: torch.dtype) -> int:
         """Return the most passes over the model: none for scope "tensor" or when nothing is cut."""

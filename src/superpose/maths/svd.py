@@ -1,6 +1,6 @@
 """Singular features of a task matrix: only those that carry something, accurate down to the cut.
 
-Three routes to one decomposition. All of them are exact to the rounding of the matrix itself:
+Three routes to one decomposition, each exact to rounding of the strongest feature:
 
     LAPACK's      small matrices, and all in float64
     double Gram   eigenvectors of the smaller Gram matrix in float64: squaring costs half the digits, and float64 has
@@ -81,8 +81,7 @@ def thin_svd(matrix: Float[Tensor, "out in_"]) -> Features:
         scale, found = 1.0, _by_lapack(matrix.double())
     else:
         scale, matrix = _near_one(matrix)
-        single = out >= LARGE and _is_flat(matrix)
-        found = _by_single_gram(matrix) if single else _by_double_gram(matrix)
+        found = _by_a_gram(matrix)
     rank = numerical_rank(found.s, in_, matrix.dtype)
     found = found.take(0, rank)
     return Features(found.u.to(matrix.dtype), (found.s / scale).to(matrix.dtype), found.vh.to(matrix.dtype))
@@ -107,12 +106,14 @@ def leading_svd(matrix: Float[Tensor, "out in_"], count: int) -> Features:
     if out > in_:
         return leading_svd(matrix.T, count).T
     wide = count + max(8, count // 8)
-    if out < SMALL_SKETCH or 3 * wide > out:
+    if out < SMALL_SKETCH or 3 * wide > out:  # from about 30% on
         return thin_svd(matrix).take(0, count)
     scale, matrix = _near_one(matrix)
     sketch = torch.linalg.qr(_add_up_columns(matrix, wide))[0]
     basis = torch.linalg.qr(matrix @ (matrix.T @ sketch))[0]
     core = thin_svd(basis.T @ matrix).take(0, count)
+    if core.count < count:  # few features, which a sketch can mix up: all of them are found the sure way
+        return thin_svd(matrix / scale).take(0, count)
     return Features(basis @ core.u, core.s / scale, core.vh)
 
 
@@ -199,6 +200,19 @@ def _by_lapack(matrix: Float[Tensor, "out in_"]) -> Features:
     return Features(uh.T, s, v.T)
 
 
+def _by_a_gram(matrix: Float[Tensor, "out in_"]) -> Features:
+    """Decompose a float32 matrix, no taller than wide, by the fastest route that does."""
+    routes = [_by_double_gram, lambda one: _by_lapack(one.double())]
+    if len(matrix) >= LARGE and _is_flat(matrix):
+        routes.insert(0, _by_single_gram)
+    for route in routes[:-1]:
+        try:
+            return route(matrix)
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+            continue  # LAPACK's iteration for eigenvectors fails for some matrices of many equal values
+    return routes[-1](matrix)
+
+
 def _by_double_gram(matrix: Float[Tensor, "out in_"]) -> Features:
     """Decompose a float32 matrix, no taller than wide, by its Gram matrix in float64."""
     exact = matrix.double()
@@ -226,6 +240,8 @@ def _by_single_gram(matrix: Float[Tensor, "out in_"]) -> Features:
     first, left = 0, len(uh)
     while left > LAST:
         squares = answers.square().sum(dim=1)
+        if squares[first] <= (ROUNDING * torch.finfo(matrix.dtype).eps) ** 2 * squares[0]:
+            break  # rounding noise alone, or nothing: below the caller's cut
         weak = int((squares > WEAK**2 * squares[first]).sum())
         left = len(uh) - weak
         if left == 0:
@@ -263,13 +279,21 @@ def _gram(matrix: Float[Tensor, "out in_"]) -> Float[Tensor, "out out"]:
 
 
 def _add_up_columns(matrix: Float[Tensor, "out in_"], count: int) -> Float[Tensor, "out count"]:
-    """Return `count` sums of columns with random signs, each column in one of them: a sketch of the range."""
+    """Return `count` sums of columns with random signs, each column in three of them: a sketch of the range.
+
+    In one of them alone, columns of a sparse matrix that meet there could not be told apart.
+    """
     columns = matrix.shape[1]
-    signs = torch.randint(0, 2, (columns,), generator=torch.Generator().manual_seed(0)).to(matrix) * 2 - 1
+    generator = torch.Generator().manual_seed(0)
     sketch = matrix.new_zeros(len(matrix), count)
-    for start in range(0, columns, count):  # by whole blocks: picking single columns costs more than a product
-        stop = min(start + count, columns)
-        sketch[:, : stop - start].addcmul_(matrix[:, start:stop], signs[start:stop])
+    for _ in range(3):
+        signs = torch.randint(0, 2, (columns,), generator=generator).to(matrix) * 2 - 1
+        start = 0
+        while start < columns:  # by runs: picking single columns costs more than a product
+            place = int(torch.randint(0, count, (), generator=generator))
+            stop = min(start + count - place, columns)
+            sketch[:, place : place + stop - start].addcmul_(matrix[:, start:stop], signs[start:stop])
+            start = stop
     return sketch
 
 
@@ -279,7 +303,8 @@ def _near_one(matrix: Float[Tensor, "out in_"]) -> tuple[float, Float[Tensor, "o
     largest = max(-float(low), float(high))
     if largest == 0 or 2.0**-20 < largest < 2.0**20:
         return 1.0, matrix
-    scale = 2.0 ** -math.frexp(largest)[1]
+    most = 126 if matrix.dtype == torch.float32 else 1000  # beyond, the factor itself would overflow
+    scale = 2.0 ** max(-most, min(most, -math.frexp(largest)[1]))
     return scale, matrix * scale
 
 

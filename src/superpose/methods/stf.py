@@ -99,15 +99,25 @@ def stf_cost(shape: Sequence[int], tasks: int, options: StfOptions) -> Cost:
     wanted = _wanted(options, small)
     count = small if wanted is None else wanted
     features = tasks * count
+    checks = options.check_share > 0 and not _keeps_all_features(options)
+    if checks:  # some matrices are merged with all features as well
+        everything = replace(options, rank=None, feature_share=1.0, energy=1.0, remove_smallest=0.0, remove_largest=0.0)
+        whole = stf_cost(shape, tasks, replace(everything, check_share=0.0))
     kept = 4 * ((tasks + 1) * out * in_ + features * (out + in_))
     # Each in float64, with its Gram matrix, eigenvectors and work space.
-    decomposing = min(tasks, MOST_BESIDE) * (16 * out * in_ + 32 * small**2)
+    decomposing = 16 * out * in_ + 32 * small**2
+    if wanted is not None and options.decomposition == "auto" and 4 * wanted < small:
+        decomposing = 16 * wanted * (out + in_) + 4 * out * in_  # by a sketch
+    decomposing *= min(tasks, MOST_BESIDE)
     solving = block_bytes([count] * tasks, torch.float32)
-    if features <= MOST_DENSE:
+    if features <= MOST_DENSE or options.solver in ("direct", "eigh"):
         solving += 32 * features**2  # written out in float64, with eigenvectors: what the slowest route takes
     flops = tasks * (2.0 * out * in_ * small + 12 * small**3) if wanted is None else 10.0 * tasks * out * in_ * wanted
     flops += features**2 * (out + in_) + 2.0 * features * out * in_
-    return Cost(kept + max(decomposing, solving), flops)
+    memory = kept + max(decomposing, solving)
+    if checks:
+        memory, flops = kept + whole.memory, flops + options.check_share * whole.flops
+    return Cost(memory, flops)
 
 
 @merge_method(
@@ -192,7 +202,7 @@ def superpose_features(tasks: Sequence[Features], *, ridge: float = 0.0, solver:
     worst = float(misses.max())
     conflicting: tuple[int, ...] = ()
     tolerance = 100 * TOLERANCE[s.dtype]
-    if ridge == 0 and worst > tolerance:
+    if ridge == 0 and worst > tolerance and solution.converged:
         by_task = misses.split(counts)
         conflicting = tuple(i for i, part in enumerate(by_task) if len(part) and float(part.max()) > tolerance)
     return Superposition(add_up(tasks, solution.x.to(s).split(counts)), len(s), solution, worst, conflicting)
@@ -306,8 +316,8 @@ def _is_checked(matrices: Float[Tensor, "tasks out in_"], share: float) -> bool:
     """Return whether these matrices are in the sample: by their content, so that every run takes the same."""
     if share in (0, 1):
         return share == 1
-    row = matrices[0, 0].contiguous().numpy(force=True)
-    return int.from_bytes(hashlib.sha256(row.tobytes()).digest()[:6], "big") < share * 2**48
+    first = matrices[0].contiguous().numpy(force=True)
+    return int.from_bytes(hashlib.sha256(first.tobytes()).digest()[:6], "big") < share * 2**48
 
 
 def _distance_to_all_features(
@@ -332,6 +342,14 @@ def _cautions(found: Superposition, present: Sequence[int], growth: float) -> tu
                 f"tasks contradict each other on a shared feature: the least-squares answer misses it by"
                 f" {found.worst:.2g} of the strongest; a ridge of 0.001 to 0.1 makes such answers smooth",
                 found.conflicting,
+            ),
+        )
+    if not found.solution.converged:
+        return (
+            Caution(
+                f"features of the tasks are so nearly parallel that the system is not solved to its end: features are"
+                f" missed by up to {found.worst:.2g} of the strongest; a ridge of 0.001 to 0.1 makes it solvable",
+                tuple(present),
             ),
         )
     if growth > 1 or found.solution.condition > NEARLY_PARALLEL:
