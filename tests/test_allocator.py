@@ -12,7 +12,7 @@ PROGRAM = """
 import resource, sys
 {setting}
 import torch
-sizes = [1 << 20, 3 << 19]
+sizes = [10 << 20, 12 << 20]  # beyond the 32 MiB up to which glibc adapts by itself
 def rounds(count):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(count):
@@ -20,7 +20,7 @@ def rounds(count):
             torch.zeros(size).add(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 rounds(2)
-print(rounds(10))
+print(rounds(3))
 """
 
 
@@ -33,7 +33,7 @@ def faults(setting):
 @pytest.mark.skipif(not Path("/lib64/ld-linux-x86-64.so.2").exists(), reason="glibc's")
 def test_freed_memory_is_used_again_without_page_faults():
     kept = faults("from superpose.allocator import keep_freed_memory; assert keep_freed_memory()")
-    assert kept < faults("") / 2
+    assert kept < faults("") / 4
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32"])

@@ -71,6 +71,15 @@ def write_recipe(folder, family, **more):
     return folder / "recipe.yaml"
 
 
+@pytest.fixture
+def _interruptible():
+    """Python's own handler, which it does not install where the tests were begun with interruptions ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interruption_that_comes_out_as_another_error_is_still_one(capsys, tmp_path):
     """Native code that is interrupted can turn the interruption into an error of its own."""
 
