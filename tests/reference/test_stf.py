@@ -719,3 +719,11 @@ def test_memory_counts_what_the_options_ask_for():
     fewer = StfOptions(feature_share=0.1)
     assert stf_cost((900, 900), 8, fewer).memory < 0.5 * plain
     assert stf_cost((900, 900), 8, StfOptions(feature_share=0.1, check_share=0.1)).memory > plain
+
+
+@pytest.mark.parametrize(("tasks", "size"), [(3, 400), (8, 260)])
+def test_independent_tasks_are_solved_by_iteration_in_float32(tasks, size):
+    """The true residual has to come below the tolerance: rounding in the products must not keep it above."""
+    stats = merge(random_tensors(tasks, size, size).float()).stats
+    assert stats["solver"] == "cg"
+    assert stats["residual"] < 5e-7

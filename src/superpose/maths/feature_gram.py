@@ -42,11 +42,7 @@ class FeatureGram:
         """Return the matrix times each column."""
         if not self.keeps_blocks:
             return torch.stack([self._times_by_features(column) for column in vectors.T], dim=1)
-        result = vectors.clone()
-        for rows, columns, block in self._blocks:
-            result[rows].addmm_(block, vectors[columns])
-            result[columns].addmm_(block.T, vectors[rows])
-        return result
+        return torch.stack([self._times_by_blocks(column.contiguous()) for column in vectors.T], dim=1)
 
     def dense(self) -> Float[Tensor, "size size"]:
         """Return the matrix written out."""
@@ -64,6 +60,14 @@ class FeatureGram:
             return rows, columns, (first.u.T @ second.u).mul_(first.vh @ second.vh.T)
 
         return side_by_side(block, list(combinations(placed, 2)), most=MOST_BESIDE)
+
+    def _times_by_blocks(self, vector: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
+        # What is beside the identity is small: added up by itself it keeps digits that it would lose to the identity's.
+        beside = torch.zeros_like(vector)
+        for rows, columns, block in self._blocks:
+            beside[rows].addmv_(block, vector[columns])
+            beside[columns].addmv_(block.T, vector[rows])
+        return beside.add_(vector)
 
     def _times_by_features(self, vector: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
         """Put the features together with these factors, and ask each feature for its answer."""

@@ -157,8 +157,8 @@ class _Tried:
 def _iterate(gram: SymmetricOperator, right: Tensor, ridge: float) -> _Tried:
     """Run conjugate gradients, and Lanczos steps from a fixed random vector on the same products.
 
-    A product with two vectors reads the matrix once, so the probe of the spectrum comes nearly free. It sees what the
-    right side may have nothing of: a direction in which the system is singular.
+    The probe of the spectrum ends with the solution, after a few steps where that is easy. It sees what the right side
+    may have nothing of: a direction in which the system is singular.
     """
     tolerance, norm = TOLERANCE[right.dtype], float(right.norm())
     probe = _Lanczos(gram.size, right)
