@@ -46,7 +46,7 @@ def test_what_is_remembered_comes_back_as_it_was(tmp_path):
     assert {name: torch.equal(tensor, tensors[name]) for name, tensor in found.tensors.items()} == dict.fromkeys(
         tensors, True
     )
-    assert (cache.hits, cache.misses) == (1, 1)
+    assert cache.problems() == ()
 
 
 def test_anything_else_that_goes_in_is_another_entry(tmp_path):

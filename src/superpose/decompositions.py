@@ -46,7 +46,6 @@ class DecompositionCache:
 
     def __init__(self, folder: Path, limit: int, *, keep_steps: bool = True) -> None:
         self.folder, self.limit, self.keep_steps = folder, limit, keep_steps
-        self.hits = self.misses = 0
         self._lock = threading.Lock()
         self._problems: list[str] = []
         self._bytes: int | None = None  # of all entries; counted when room is first needed
@@ -74,11 +73,9 @@ class DecompositionCache:
         path = self.folder / f"{_digest(what, tensors)}{SUFFIX}"
         found = self._read(path)
         if found is None:
-            self.misses += 1
             found = compute()
             self._write(path, found)
             return found
-        self.hits += 1
         device = tensors[0].device
         return Remembered({name: tensor.to(device) for name, tensor in found.tensors.items()}, found.numbers)
 
