@@ -30,10 +30,14 @@ FLAT = 6.0
 """Largest square of a singular value, over their mean, at which float32's Gram matrix resolves them."""
 WEAK = 0.1
 """Below this share of the largest, strengths from float32's Gram matrix are redone."""
+FAINT = 0.02
+"""Above this share of the largest, what float64 tells apart is multiplied in float32."""
 LAST = 64
 """So few weak features are redone in float64."""
 FIRST_ORDER = 1e-3
 """Largest rotation that is corrected to first order: its square is rounding."""
+SIDE = 16
+"""Sketches have a multiple of so many columns."""
 SMALL_SKETCH = 256
 """Smallest side of a matrix whose leading features are worth a sketch."""
 
@@ -106,11 +110,13 @@ def leading_svd(matrix: Float[Tensor, "out in_"], count: int) -> Features:
     if out > in_:
         return leading_svd(matrix.T, count).T
     wide = count + max(8, count // 8)
+    wide += -wide % SIDE  # products are faster so
     if out < SMALL_SKETCH or 3 * wide > out:  # from about 30% on
         return thin_svd(matrix).take(0, count)
     scale, matrix = _near_one(matrix)
     sketch = torch.linalg.qr(_add_up_columns(matrix, wide))[0]
-    basis = torch.linalg.qr(matrix @ (matrix.T @ sketch))[0]
+    again = (sketch.T.contiguous() @ matrix) @ matrix.T  # by rows, which is the faster way round
+    basis = torch.linalg.qr(again.T)[0]
     core = thin_svd(basis.T @ matrix).take(0, count)
     if core.count < count:  # few features, which a sketch can mix up: all of them are found the sure way
         return thin_svd(matrix / scale).take(0, count)
@@ -221,7 +227,7 @@ def _by_double_gram(matrix: Float[Tensor, "out in_"]) -> Features:
     # Only directions that survive the caller's cut are divided by their strength.
     rank = numerical_rank(s, matrix.shape[1], matrix.dtype)
     uh, s = vectors.T.flip(0)[:rank], s[:rank]
-    strong = int((s > WEAK * s[0]).sum()) if rank else 0
+    strong = int((s > FAINT * s[0]).sum()) if rank else 0
     vh = matrix.new_empty(rank, matrix.shape[1])
     torch.mm(uh[:strong].to(matrix), matrix, out=vh[:strong])
     # Float32's rounding is relative to the strongest: too coarse for what is far weaker.
@@ -312,8 +318,10 @@ def _is_flat(matrix: Float[Tensor, "out in_"]) -> bool:
     """Return whether the strongest feature is not far stronger than the mean one."""
     # A lower bound of the largest singular value, by power iteration: a few products with a vector.
     vector = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0)).to(matrix)
-    norm = 0.0
+    most = FLAT * float(matrix.norm()) ** 2 / len(matrix)
     for _ in range(8):
         image = matrix.T @ (vector / vector.norm())
-        norm, vector = float(image.norm()), matrix @ image
-    return norm**2 * len(matrix) <= FLAT * float(matrix.norm()) ** 2
+        if float(image.norm()) ** 2 > most:
+            return False
+        vector = matrix @ image
+    return True
