@@ -8,10 +8,11 @@ is the program of mergekit 0.1.5, in a virtual environment of its own, since its
     python -m venv mk && mk/bin/pip install mergekit==0.1.5       then --mergekit mk/bin/mergekit-yaml
 
 Both run with one arithmetic thread (OMP_NUM_THREADS=1), in turns, so that what else the machine does falls on both; the
-table has medians. mergekit runs with the flags that were best for it on a CPU (small shards, written beside), and once
-more at its defaults for the average. Ours runs one tensor after the other and, in rows of their own, by its default
-backend. CPU seconds are user and system time of the program and its children; memory is RssAnon, what a process holds
-beyond mapped files, over all its processes, sampled while they run. Linux only.
+table has medians. Rows of one method and the same flags share mergekit's runs. mergekit runs with the flags that were
+best for it on a CPU (small shards, written beside), and once more at its defaults for the average. Ours runs one tensor
+after the other and, in rows of their own, by its default backend. CPU seconds are user and system time of the program
+and its children; memory is RssAnon, what a process holds beyond mapped files, over all its processes, sampled while
+they run. Linux only.
 
 What is compared is not the same to the last bit. mergekit computes in the dtype of the files (bfloat16 here) and trims
 TIES tensor by tensor; ours computes in float32 and, as in the paper, trims over the whole model: the rows with
@@ -87,19 +88,21 @@ def mergekit_recipe(method: str, models: Sequence[Path]) -> str:
     return json.dumps(recipe, indent=2)
 
 
-def compare(row: Row, models: Sequence[Path], mergekit: str, runs: int) -> tuple[Run, Run]:
-    """Return the medians of ours and of mergekit, run in turns."""
-    ours, theirs = [], []
+def compare(alike: Sequence[Row], models: Sequence[Path], mergekit: str, runs: int) -> tuple[list[Run], Run]:
+    """Return the medians of ours, for each of the rows, and of the run of mergekit that they share, all in turns."""
+    ours: list[list[Run]] = [[] for _ in alike]
+    theirs = []
     for _ in range(runs):
         with tempfile.TemporaryDirectory(dir=models[0].parent) as scratch:
             out, recipe = Path(scratch) / "out", Path(scratch) / "recipe.yml"
-            command = superpose("merge", *models, "-o", out, "--quiet", "--method", *row.ours, *row.backend)
-            ours.append(measure(command, **ONE_THREAD))
-            shutil.rmtree(out)
-            recipe.write_text(mergekit_recipe(row.method, models))
-            command = [mergekit, str(recipe), str(out), "--random-seed", "0", *row.flags]
+            for row, measured in zip(alike, ours, strict=True):
+                command = superpose("merge", *models, "-o", out, "--quiet", "--method", *row.ours, *row.backend)
+                measured.append(measure(command, **ONE_THREAD))
+                shutil.rmtree(out)
+            recipe.write_text(mergekit_recipe(alike[0].method, models))
+            command = [mergekit, str(recipe), str(out), "--random-seed", "0", *alike[0].flags]
             theirs.append(measure(command, **ONE_THREAD))
-    return median(ours), median(theirs)
+    return [median(measured) for measured in ours], median(theirs)
 
 
 def cells(row: Row, ours: Run, theirs: Run) -> list[str]:
@@ -135,10 +138,12 @@ def main() -> None:
     report.table(
         "merge", "CPU, times less", "wall", "memory", "ours: CPU s / wall s / MiB", "mergekit: CPU s / wall s / MiB"
     )
-    for row in rows():
-        if arguments.only and row.name not in arguments.only:
-            continue
-        report.row(*cells(row, *compare(row, models, arguments.mergekit, arguments.runs)))
+    wanted = [row for row in rows() if not arguments.only or row.name in arguments.only]
+    for method, flags in dict.fromkeys((row.method, row.flags) for row in wanted):
+        alike = [row for row in wanted if (row.method, row.flags) == (method, flags)]
+        ours, theirs = compare(alike, models, arguments.mergekit, arguments.runs)
+        for row, run in zip(alike, ours, strict=True):
+            report.row(*cells(row, run, theirs))
     report.write()
 
 
