@@ -85,9 +85,11 @@ class Part:
         for row, tensor in zip(pieces, (self.base, *self.tuned), strict=True):
             row.copy_(tensor.reshape(-1)[start:stop])
         base, stacked = pieces[0], pieces[1:]
+        arguments = pieces
         if find_method(self.item.method).acts_on == "task_vectors":
             stacked -= base
-        if not is_finite(pieces):
+            arguments = stacked  # where the base is not finite, no difference from it is
+        if not is_finite(arguments):
             raise self._not_finite(start, stop)
         return stacked, base
 

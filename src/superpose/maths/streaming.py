@@ -368,9 +368,9 @@ def _cuts(name: str, chunks: TensorChunks, state: SearchState) -> Cuts:
         cuts.append(Cut(threshold, ties if threshold else 0))
         if threshold and 0 < ties < chunks.numel:
             wanted[task] = ties
+    if not wanted:
+        return Cuts(tuple(cuts))
     for start, chunk in chunks:
-        if not wanted:
-            break
         for task, ties in list(wanted.items()):
             places = np.flatnonzero(np.abs(chunk[task].numpy(force=True)) == cuts[task].threshold)
             if len(places) < ties:
@@ -378,5 +378,6 @@ def _cuts(name: str, chunks: TensorChunks, state: SearchState) -> Cuts:
             else:
                 cuts[task] = replace(cuts[task], tie_stop=start + int(places[ties - 1]) + 1)
                 del wanted[task]
-    assert not wanted, f"{name}: the tensor changed between two passes"
-    return Cuts(tuple(cuts))
+        if not wanted:
+            return Cuts(tuple(cuts))
+    raise AssertionError(f"{name}: the tensor changed between two passes")

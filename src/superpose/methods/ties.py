@@ -147,7 +147,7 @@ def ties(
 def _weighted(
     task_vectors: Float[Tensor, "tasks *shape"], weights: Float[Tensor, " tasks"] | None
 ) -> Float[Tensor, "tasks *shape"]:
-    if weights is None:
+    if weights is None or bool((weights == 1).all()):
         return task_vectors
     factors = weights.to(task_vectors).reshape(-1, *[1] * (task_vectors.ndim - 1))
     return task_vectors * factors
