@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from superpose.maths import svd
 from superpose.maths.svd import (
     Features,
+    _add_up_columns,
     _by_double_gram,
     _by_single_gram,
     _is_flat,
@@ -327,6 +328,12 @@ def test_features_that_hold_an_energy_hold_it(energy, kind):
     assert float(features.s.double().square().sum()) >= energy * total * (1 - 1e-6)
     exact = leading(thin_svd(matrix), None, energy)
     assert exact.count <= features.count <= 1.5 * exact.count + 8
+
+
+@pytest.mark.parametrize(("columns", "count"), [(300, 72), (700, 72), (350, 176), (150, 128)])
+def test_no_direction_of_a_sketch_is_wasted(columns, count):
+    matrix = torch.randn(300, columns, generator=torch.Generator().manual_seed(0))
+    assert float(torch.linalg.cond(_add_up_columns(matrix, count))) < 100
 
 
 def test_features_of_sparse_matrices_are_told_apart():

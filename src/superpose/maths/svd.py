@@ -36,6 +36,8 @@ LAST = 64
 """So few weak features are redone in float64."""
 FIRST_ORDER = 1e-3
 """Largest rotation that is corrected to first order: its square is rounding."""
+ALIKE = 1e-5
+"""Down to this ratio of their lengths, directions that were multiplied together are told apart."""
 SIDE = 16
 """Sketches have a multiple of so many columns."""
 SMALL_SKETCH = 256
@@ -114,9 +116,11 @@ def leading_svd(matrix: Float[Tensor, "out in_"], count: int) -> Features:
     if out < SMALL_SKETCH or 3 * wide > out:  # from about 30% on
         return thin_svd(matrix).take(0, count)
     scale, matrix = _near_one(matrix)
-    sketch = torch.linalg.qr(_add_up_columns(matrix, wide))[0]
-    again = (sketch.T.contiguous() @ matrix) @ matrix.T  # by rows, which is the faster way round
-    basis = torch.linalg.qr(again.T)[0]
+    sketch = _add_up_columns(matrix, wide)
+    basis, triangle = torch.linalg.qr(_once_more(matrix, sketch))
+    lengths = triangle.diagonal().abs()
+    if float(lengths.min()) < ALIKE * float(lengths.max()):  # rounding of the strong would bury the weak
+        basis = torch.linalg.qr(_once_more(matrix, torch.linalg.qr(sketch)[0]))[0]
     core = thin_svd(basis.T @ matrix).take(0, count)
     if core.count < count:  # few features, which a sketch can mix up: all of them are found the sure way
         return thin_svd(matrix / scale).take(0, count)
@@ -294,13 +298,17 @@ def _add_up_columns(matrix: Float[Tensor, "out in_"], count: int) -> Float[Tenso
     sketch = matrix.new_zeros(len(matrix), count)
     for _ in range(3):
         signs = torch.randint(0, 2, (columns,), generator=generator).to(matrix) * 2 - 1
-        start = 0
-        while start < columns:  # by runs: picking single columns costs more than a product
+        for start in range(0, columns, count):  # by runs: picking single columns costs more than a product
             place = int(torch.randint(0, count, (), generator=generator))
-            stop = min(start + count - place, columns)
-            sketch[:, place : place + stop - start].addcmul_(matrix[:, start:stop], signs[start:stop])
-            start = stop
+            around, stop = min(start + count - place, columns), min(start + count, columns)
+            sketch[:, place : place + around - start].addcmul_(matrix[:, start:around], signs[start:around])
+            sketch[:, : stop - around].addcmul_(matrix[:, around:stop], signs[around:stop])
     return sketch
+
+
+def _once_more(matrix: Float[Tensor, "out in_"], sketch: Float[Tensor, "out count"]) -> Float[Tensor, "out count"]:
+    """Return matrix @ matrix.T @ sketch; by rows, which is the faster way round."""
+    return ((sketch.T.contiguous() @ matrix) @ matrix.T).T
 
 
 def _near_one(matrix: Float[Tensor, "out in_"]) -> tuple[float, Float[Tensor, "out in_"]]:
