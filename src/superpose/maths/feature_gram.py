@@ -42,7 +42,7 @@ class FeatureGram:
         """Return the matrix times each column."""
         if not self.keeps_blocks:
             return torch.stack([self._times_by_features(column) for column in vectors.T], dim=1)
-        return torch.stack([self._times_by_blocks(column.contiguous()) for column in vectors.T], dim=1)
+        return self._times_by_blocks(vectors)
 
     def dense(self) -> Float[Tensor, "size size"]:
         """Return the matrix written out."""
@@ -61,13 +61,15 @@ class FeatureGram:
 
         return side_by_side(block, list(combinations(placed, 2)), most=MOST_BESIDE)
 
-    def _times_by_blocks(self, vector: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
+    def _times_by_blocks(self, vectors: Float[Tensor, "size columns"]) -> Float[Tensor, "size columns"]:
+        each = list(vectors.T.contiguous())
         # What is beside the identity is small: added up by itself it keeps digits that it would lose to the identity's.
-        beside = torch.zeros_like(vector)
-        for rows, columns, block in self._blocks:
-            beside[rows].addmv_(block, vector[columns])
-            beside[columns].addmv_(block.T, vector[rows])
-        return beside.add_(vector)
+        beside = [torch.zeros_like(vector) for vector in each]
+        for rows, columns, block in self._blocks:  # each of them from memory once, whatever the number of vectors
+            for vector, sums in zip(each, beside, strict=True):
+                sums[rows].addmv_(block, vector[columns])
+                sums[columns].addmv_(block.T, vector[rows])
+        return torch.stack(beside, dim=1).add_(vectors)
 
     def _times_by_features(self, vector: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
         """Put the features together with these factors, and ask each feature for its answer."""
