@@ -53,15 +53,18 @@ def merge_item(item: WorkItem, surveys: Mapping[Any, Any], context: Context, wri
     else:
         method = find_method(item.method)
         for part in parts_of(item, context):
+            in_pieces = item.streams and not (context.measure and item.kind in MATRIX_KINDS)
+            inputs = None if in_pieces else part.read(0, part.base.numel())
             survey = None
             if method.survey is not None:
                 state = surveys.get((item.method, item.options))
-                survey = method.survey.for_tensor(part.name, part.chunks(SURVEY_CHUNK), state, item.options)
-            in_pieces = item.streams and not (context.measure and item.kind in MATRIX_KINDS)
-            merge = _merge_in_pieces if in_pieces else _merge_whole
+                survey = method.survey.for_tensor(part.name, part.chunks(SURVEY_CHUNK, inputs), state, item.options)
             try:
                 with nullcontext() if context.split_tensors else alone():
-                    outcomes.append(merge(part, method, survey, sink))
+                    if inputs is None:
+                        outcomes.append(_merge_in_pieces(part, method, survey, sink))
+                    else:
+                        outcomes.append(_merge_whole(part, *inputs, method, survey, sink))
             except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
                 what = f"{item.method} cannot decompose it: {str(error).partition(chr(10))[0]}"
                 mend = "look at the values with superpose compare, or give it another method by a rule"
@@ -131,10 +134,9 @@ def _merge_in_pieces(part: Part, method: Method, survey: Any, sink: Sink) -> Out
     return Outcome(stats, warnings=tuple(dict.fromkeys(warnings)))
 
 
-def _merge_whole(part: Part, method: Method, survey: Any, sink: Sink) -> Outcome:
+def _merge_whole(part: Part, stacked: Tensor, base: Tensor, method: Method, survey: Any, sink: Sink) -> Outcome:
     """Merge a part that its method has to see as a whole; measure it if that is asked for."""
-    shape, numel = part.base.shape, part.base.numel()
-    stacked, base = part.read(0, numel)
+    shape = part.base.shape
     stacked, base = stacked.reshape(len(part.tuned), *shape), base.reshape(shape)
     merged = _call(method, part, stacked, base, survey, part.generator)
     measures: Mapping[str, Any] = {}

@@ -54,10 +54,19 @@ class Part:
     base: Tensor
     tuned: tuple[Tensor, ...]
 
-    def chunks(self, size: int) -> TensorChunks:
-        """Return the part's task vectors (or weights, if its method acts on them), read in pieces."""
+    def chunks(self, size: int, inputs: tuple[Tensor, Tensor] | None = None) -> TensorChunks:
+        """Return the part's task vectors (or weights, if its method acts on them), in pieces.
+
+        Args:
+            size: entries of a piece.
+            inputs: the whole of what `read` returns, where it is there anyway: pieces are then views of it.
+
+        Returns:
+            The chunks.
+        """
+        read = self.stacked if inputs is None else lambda start, stop: inputs[0][:, start:stop]
         return TensorChunks(
-            len(self.tuned), self.base.numel(), size, self.stacked, self.context.weights,
+            len(self.tuned), self.base.numel(), size, read, self.context.weights,
             tuple(self.base.shape), self.item.kind, self.generator,
         )  # fmt: skip
 
