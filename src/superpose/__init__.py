@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from superpose.errors import Problems, SuperposeError
 
 if TYPE_CHECKING:
-    from superpose.api import compare, inspect, list_methods, merge, merge_tensors, merge_to_set, plan, rebuild
+    from superpose.api import compare, inspect, list_methods, merge, merge_scaled, plan, rebuild
+    from superpose.in_memory import merge_tensors, merge_to_set
     from superpose.kinds import Kind
     from superpose.recipe import Recipe
     from superpose.records import RunRecord
@@ -46,8 +47,8 @@ _HOMES = {
     "list_methods": "superpose.api",
     "merge": "superpose.api",
     "merge_scaled": "superpose.api",
-    "merge_tensors": "superpose.api",
-    "merge_to_set": "superpose.api",
+    "merge_tensors": "superpose.in_memory",
+    "merge_to_set": "superpose.in_memory",
     "rebuild": "superpose.api",
     "plan": "superpose.api",
 }

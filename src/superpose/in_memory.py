@@ -1,0 +1,115 @@
+"""Merging of mappings of tensors that are in memory, by the code that merges files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import superpose.methods  # noqa: F401 - registers the methods
+from superpose.errors import SuperposeError
+from superpose.kinds import Kind
+from superpose.parts import Context
+from superpose.planning import WorkItem, plan_tensors, shared_memory
+from superpose.recipe import ModelEntry, Recipe
+from superpose.run import merge_in_memory
+from superpose.task_sets import TaskSet
+
+
+def merge_tensors(
+    base: Mapping[str, Tensor],
+    tuned: Sequence[Mapping[str, Tensor]],
+    method: str,
+    *,
+    weights: Sequence[float] | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Merge mappings of tensors in memory, by the code that merges files.
+
+    Args:
+        base: the base's tensors, such as a state dict.
+        tuned: those of each tuned model.
+        method: name of the method.
+        weights: one per tuned model, for methods that take them.
+        kinds: what each tensor is in its network; told by names and shapes where not given.
+        seed: for methods that draw random numbers.
+        names: one per tuned model; a model's random numbers go by its name. "model 1" and so on when not given.
+        **options: options of the method.
+
+    Returns:
+        New tensors under the base's names, in its dtypes; the inputs are not touched.
+
+    Raises:
+        SuperposeError: something does not fit.
+        Problems: several things do not.
+    """
+    items, context = _plan_in_memory(base, tuned, method, options, weights, kinds, seed, names)
+    merged, _ = merge_in_memory(items, context)
+    tied = {alias: merged[owner] for alias, owner in shared_memory(base).items()}
+    return {name: merged[name] if name in merged else tied[name] for name in base}
+
+
+def merge_to_set(
+    base: Mapping[str, Tensor],
+    tuned: Sequence[Mapping[str, Tensor]],
+    *,
+    names: Sequence[str] | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+) -> TaskSet:
+    """Merge mappings of tensors in memory by EMR, into one model from which each task's can be rebuilt.
+
+    Args:
+        base: the base's tensors, such as a state dict.
+        tuned: those of each tuned model.
+        names: one per tuned model; "model 1" and so on when not given.
+        kinds: what each tensor is in its network; told by names and shapes where not given.
+
+    Returns:
+        The set; `model(name, base)` rebuilds a task's tensors.
+
+    Raises:
+        SuperposeError: something does not fit.
+        Problems: several things do not.
+    """
+    items, context = _plan_in_memory(base, tuned, "emr", {}, None, kinds, 0, names)
+    outputs, records = merge_in_memory(items, context)
+    merged = {item.name: outputs[item.name] for item in items}
+    masks = {name: tensor for name, tensor in outputs.items() if name not in merged}
+    scales = next(
+        (record.stats["scales"] for record in records.values() if "scales" in record.stats), [1.0] * len(tuned)
+    )
+    return TaskSet(merged, masks, tuple(scales), context.task_names, shared_memory(base))
+
+
+def _plan_in_memory(
+    base: Mapping[str, Tensor],
+    tuned: Sequence[Mapping[str, Tensor]],
+    method: str,
+    options: Mapping[str, Any],
+    weights: Sequence[float] | None,
+    kinds: Mapping[str, Kind] | None,
+    seed: int,
+    names: Sequence[str] | None,
+) -> tuple[list[WorkItem], Context]:
+    """Return the items of a merge in memory and what they share."""
+    if not tuned:
+        raise SuperposeError("nothing to merge", where="tuned", mend="give at least one tuned model")
+    if weights is not None and len(weights) != len(tuned):
+        what = f"{len(weights)} weights for {len(tuned)} models"
+        raise SuperposeError(what, where="weights", mend="give one per model")
+    if names is not None and (len(names) != len(tuned) or len(set(names)) != len(names)):
+        raise SuperposeError("names are one per model, and distinct", where="names", mend="give other names")
+    shares = [1.0] * len(tuned) if weights is None else [float(weight) for weight in weights]
+    called = list(names) if names is not None else [f"model {number}" for number in range(1, len(tuned) + 1)]
+    models = tuple(ModelEntry(path=name, weight=share, name=name) for name, share in zip(called, shares, strict=True))
+    if not all(math.isfinite(share) for share in shares):
+        raise SuperposeError("a weight is no finite number", where="weights", mend="give finite numbers")
+    recipe = Recipe(base="base", models=models, method=method, options=dict(options), seed=seed)
+    items = plan_tensors(base, tuned, recipe, kinds)
+    return items, Context(recipe.task_names, tuple(shares), torch.device("cpu"), measure=False, seed=seed)
