@@ -330,6 +330,14 @@ def test_features_that_hold_an_energy_hold_it(energy, kind):
     assert exact.count <= features.count <= 1.5 * exact.count + 8
 
 
+@pytest.mark.parametrize("last", [1e-3, 1e-4])
+def test_leading_features_are_found_to_the_last_where_strengths_fall_far(last):
+    """Multiplied three times without being told apart in between, the weak would drown in the strong's rounding."""
+    s = np.r_[np.geomspace(1, last, 60), np.full(240, last / 100)]
+    matrix = torch.from_numpy(matrix_with(np.random.default_rng(0), (300, 300), s)).float()
+    np.testing.assert_allclose(leading_svd(matrix, 60).s.numpy(), s[:60], rtol=0.01)
+
+
 @pytest.mark.parametrize(("columns", "count"), [(300, 72), (700, 72), (350, 176), (150, 128)])
 def test_no_direction_of_a_sketch_is_wasted(columns, count):
     matrix = torch.randn(300, columns, generator=torch.Generator().manual_seed(0))

@@ -96,10 +96,11 @@ def thin_svd(matrix: Float[Tensor, "out in_"]) -> Features:
 def leading_svd(matrix: Float[Tensor, "out in_"], count: int) -> Features:
     """Return about the strongest features of a matrix, by subspace iteration from a sketch.
 
-    Halko, Martinsson and Tropp 2011, arXiv:0909.4061, Algorithms 4.4 and 5.1, with one power iteration and an eighth
-    more directions than asked for; the sketch adds up columns with random signs, which costs one reading. Each feature
-    answers as the matrix does, u . matrix v = s; together they hold nearly as much of it as the strongest do, the
-    nearer the faster its strengths fall. Where that would save little, the strongest themselves.
+    Halko, Martinsson and Tropp 2011, arXiv:0909.4061, Algorithms 4.3 and 5.1, with one power iteration and an eighth
+    more directions than asked for (4.4, where strengths fall so far that rounding would bury the weak); the sketch adds
+    up columns with random signs, which costs one reading. Each feature answers as the matrix does, u . matrix v = s;
+    together they hold nearly as much of it as the strongest do, the nearer the faster its strengths fall. Where that
+    would save little, the strongest themselves.
 
     Args:
         matrix: finite, float32 or float64.
