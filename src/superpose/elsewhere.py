@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from superpose.backends import Backend
-from superpose.checkpoints.folder import content_mark
+from superpose.checkpoints.files import content_mark
 from superpose.checkpoints.writer import GuestWriter, Layout, StreamWriter, as_bytes
 from superpose.errors import SuperposeError
 from superpose.journal import Journal

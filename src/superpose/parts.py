@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from superpose.checkpoints.folder import formats
+from superpose.checkpoints.files import formats
 from superpose.checkpoints.headers import Reader, TensorHeader, TensorInMemory
 from superpose.errors import SuperposeError
 from superpose.maths.finite import is_finite

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from superpose.checkpoints.folder import Checkpoint, formats, open_checkpoint, read_json
+from superpose.checkpoints.files import formats, read_json
+from superpose.checkpoints.folder import Checkpoint, open_checkpoint
 from superpose.checkpoints.headers import TORCH_DTYPES, TensorHeader
 from superpose.checkpoints.sidecars import copy_sidecars
 from superpose.checkpoints.writer import StreamWriter, as_bytes, lay_out

@@ -12,7 +12,8 @@ import torch
 from families import base_tensors, save, superpose
 from safetensors.torch import save_file
 
-from superpose.checkpoints.folder import LARGEST_JSON, fingerprint, formats, open_checkpoint
+from superpose.checkpoints.files import LARGEST_JSON, fingerprint, formats
+from superpose.checkpoints.folder import open_checkpoint
 from superpose.errors import SuperposeError
 
 MAIN, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 
-import superpose.checkpoints
-from superpose.checkpoints.headers import FileHeaders, Format, TensorHeader
+from superpose.checkpoints.files import formats, headers_of, read_json
+from superpose.checkpoints.headers import TensorHeader
 from superpose.checkpoints.hub import fetch_from_hub, looks_like_hub_id
 from superpose.errors import SuperposeError, nearest
 
-LARGEST_JSON = 50_000_000
-"""Bytes; more than any config or index has."""
 # Most preferred first; a converted repository often holds both.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -73,13 +66,13 @@ def open_checkpoint(location: str, *, where: str = "") -> Checkpoint:
             raise _not_found(location, path, where)
         path, revision = fetch_from_hub(location, _nearest_path(path))
     if not path.is_dir():
-        headers = _headers_of(path)
+        headers = headers_of(path)
         return Checkpoint(location, None, revision, headers.tensors, headers.aliases, {}, headers.problems)
     files, declared, problems = _weight_files(path)
     tensors: dict[str, TensorHeader] = {}
     aliases: dict[str, str] = {}
     for file in files:
-        headers = _headers_of(file)
+        headers = headers_of(file)
         problems.extend(headers.problems)
         for name, header in headers.tensors.items():
             if name in tensors:
@@ -94,78 +87,6 @@ def open_checkpoint(location: str, *, where: str = "") -> Checkpoint:
             problems.append(SuperposeError(what, where=str(file), mend="fetch or save the checkpoint again"))
     config, config_problems = _read_config(path)
     return Checkpoint(location, path, revision, tensors, aliases, config, tuple(problems + config_problems))
-
-
-@cache
-def formats() -> dict[str, Format]:
-    """Return the formats of weight files by suffix: those of all modules here that define `FORMAT`."""
-    found: dict[str, Format] = {}
-    for module in iter_modules(superpose.checkpoints.__path__):
-        if module.name == "folder":
-            continue
-        format_ = getattr(import_module(f"superpose.checkpoints.{module.name}"), "FORMAT", None)
-        if format_ is not None:
-            found.update(dict.fromkeys(format_.suffixes, format_))
-    return found
-
-
-def fingerprint(file: Path) -> str:
-    """Return a text that changes when a weight file does: its place, size, times, inode, and first bytes."""
-    status, head = file.stat(), content_mark(file)
-    # The time of change of the inode cannot be set back, as copying tools do with that of the content.
-    times = f"{status.st_mtime_ns}|{status.st_ctime_ns}|{status.st_ino}"
-    return f"{file.resolve()}|{times}|{head}"
-
-
-def content_mark(file: Path) -> str:
-    """Return a text by which copies of a weight file on other machines can be told from others: size, first bytes."""
-    with file.open("rb") as stream:
-        return f"{file.stat().st_size}|{hashlib.sha256(stream.read(1 << 20)).hexdigest()}"
-
-
-def read_json(file: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Args:
-        file: the file.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        SuperposeError: it is no JSON, or too large to be what it should be.
-    """
-    try:
-        if not file.is_file():
-            raise ValueError("it is no file")
-        with file.open("rb") as stream:
-            content = stream.read(LARGEST_JSON + 1)
-        if len(content) > LARGEST_JSON:
-            raise ValueError(f"larger than {LARGEST_JSON} bytes")
-        return json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise SuperposeError(
-            f"no readable JSON: {error}", where=str(file), mend="fetch or save the file again"
-        ) from error
-
-
-def _headers_of(file: Path) -> FileHeaders:
-    known = formats()
-    if not file.is_file():  # a pipe or a device would be waited for
-        problem = SuperposeError(
-            "cannot be read: it is no file", where=str(file), mend="give a file or folder of weights"
-        )
-        return FileHeaders({}, {}, (problem,))
-    if file.suffix not in known:
-        problem = SuperposeError(
-            f"'{file.suffix}' is no format of weights", where=str(file), mend=nearest(file.suffix, known)
-        )
-        return FileHeaders({}, {}, (problem,))
-    try:
-        return known[file.suffix].headers(file)
-    except OSError as error:
-        what = f"cannot be read: {error.strerror or error}"
-        return FileHeaders({}, {}, (SuperposeError(what, where=str(file), mend="check the file and its rights"),))
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path], list[SuperposeError]]:

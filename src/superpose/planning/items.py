@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from superpose.checkpoints.architecture import Architecture
-from superpose.checkpoints.folder import fingerprint
+from superpose.checkpoints.files import fingerprint
 from superpose.checkpoints.headers import DTYPE_NAMES, TensorHeader
 from superpose.checkpoints.names import fused_parts
 from superpose.kinds import MATRIX_KINDS, Kind
