@@ -60,6 +60,58 @@ class Merged:
     beside: Sequence[Tensor] = ()
 
 
+class Factors(Protocol):
+    """A matrix known as left @ right: `superpose.maths.low_rank.LowRank`."""
+
+    @property
+    def left(self) -> Tensor:
+        """Shape (out, rank)."""
+        ...
+
+    @property
+    def right(self) -> Tensor:
+        """Shape (rank, in)."""
+        ...
+
+
+@dataclass(frozen=True)
+class MergedFactors:
+    """A merged task matrix known by two factors, with numbers for the record.
+
+    Args:
+        update: the matrix, a `LowRank`.
+        stats: numbers about how it was found.
+        cautions: what the user should know.
+    """
+
+    update: Any
+    stats: Mapping[str, Any] = field(default_factory=dict)
+    cautions: tuple[Caution, ...] = ()
+
+
+@dataclass(frozen=True)
+class Factored:
+    """How a method merges task matrices that are known by two factors each, without writing them out.
+
+    Args:
+        function: (one `LowRank` per task, options, what it names of the rest) -> `LowRank` or `MergedFactors`; the same
+            matrix as the method's own function makes of the matrices written out, whatever the factors, but for
+            methods that act on factors.
+        allows: (options, kind) -> whether it can, which methods that ask for single entries cannot.
+        splits: whether maps of a fused projection make a difference; where not, their update stays one.
+    """
+
+    function: Callable[..., Factors | MergedFactors]
+    allows: Callable[[Any, Kind], bool] = lambda options, kind: True
+    splits: bool = True
+
+    def __call__(self, tasks: Sequence[Factors], options: Any, **available: Any) -> MergedFactors:
+        """Call the function with what it wants of `available`, and return a `MergedFactors`."""
+        wants = list(inspect.signature(self.function).parameters)[2:]
+        result = self.function(tasks, options, **{name: available[name] for name in wants})
+        return result if isinstance(result, MergedFactors) else MergedFactors(result)
+
+
 @dataclass(frozen=True)
 class Breach:
     """A law that a method breaks by design.
@@ -176,6 +228,8 @@ class Method:
     plain: Mapping[str, Any]
     notes: Callable[[Any, int], Sequence[str]] | None
     beside: Callable[[str, int, int], Sequence[tuple[str, str, tuple[int, ...]]]] | None
+    factored: Factored | None
+    for_adapters: Mapping[str, Any]
     wants: frozenset[str]
 
     @property
@@ -232,6 +286,8 @@ def merge_method(
     plain: Mapping[str, Any] | None = None,
     notes: Callable[[Any, int], Sequence[str]] | None = None,
     beside: Callable[[str, int, int], Sequence[tuple[str, str, tuple[int, ...]]]] | None = None,
+    factored: Factored | None = None,
+    for_adapters: Mapping[str, Any] | None = None,
 ) -> Callable:
     """Return a decorator that registers a merge method and leaves the function as it is.
 
@@ -253,6 +309,8 @@ def merge_method(
         notes: (options, number of tuned models) -> what to tell the user before anything is computed.
         beside: (tensor name, entries, number of tuned models) -> name, dtype (as in safetensors) and shape of each
             tensor that is written beside the merged one, in `tasks/`.
+        factored: how it merges low-rank updates in factors, if it can.
+        for_adapters: defaults of options where all models are adapters.
 
     Returns:
         The decorator.
@@ -274,7 +332,7 @@ def merge_method(
         _METHODS[name] = Method(
             name, function, options, source, acts_on, frozenset(whole_for), survey, cost,
             breaches, frozenset(needs), models, _plain(options) if plain is None else plain,
-            notes, beside, wants,
+            notes, beside, factored, for_adapters or {}, wants,
         )  # fmt: skip
         return function
 

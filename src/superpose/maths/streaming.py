@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superpose.kinds import Kind
+from superpose.maths.low_rank import LowRank
 from superpose.maths.randomness import Generator
 from superpose.maths.samples import LARGEST_SAMPLE, Sample, take_sample
 from superpose.maths.sparsify import KEEP_ALL, KEEP_NONE, Cut, Cuts, count_kept, find_cuts
@@ -51,6 +52,7 @@ class TensorChunks:
         shape: of the tensor; flat when not given.
         kind: what the tensor is in its network.
         generator: the tensor's random numbers.
+        factors: the task matrices as low-rank updates, for a method that does not want them written out.
     """
 
     tasks: int
@@ -61,6 +63,7 @@ class TensorChunks:
     shape: tuple[int, ...] = ()
     kind: Kind | None = None
     generator: Generator | None = None
+    factors: tuple[LowRank, ...] | None = None
 
     @property
     def dtype(self) -> torch.dtype:

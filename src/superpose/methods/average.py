@@ -9,18 +9,24 @@ Cost: one pass, piece by piece. Prefer it for runs of one task, and as the refer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
 from superpose.maths.combine import weighted_mean
-from superpose.registry import merge_method
+from superpose.maths.low_rank import LowRank, total
+from superpose.registry import Factored, merge_method
 
 
 @dataclass(frozen=True, kw_only=True)
 class AverageOptions:
     """The average has no options beside the models' weights."""
+
+
+def _in_factors(tasks: Sequence[LowRank], options: AverageOptions, weights: Float[Tensor, " tasks"]) -> LowRank:
+    return total(tasks, (weights / weights.sum()).tolist())
 
 
 @merge_method(
@@ -30,6 +36,7 @@ class AverageOptions:
     acts_on="weights",
     whole_for=(),
     breaks={"zero": "each update shrinks to its share: two tasks and the base make two thirds of the two"},
+    factored=Factored(_in_factors, splits=False),
 )
 def average(
     tuned: Float[Tensor, "tasks *shape"],

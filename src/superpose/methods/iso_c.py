@@ -13,6 +13,7 @@ what it merges. Its scaling factor is worth tuning.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -21,11 +22,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superpose.kinds import Kind
+from superpose.maths.low_rank import LowRank, total
 from superpose.maths.matrices import as_matrices
 from superpose.maths.svd import thin_svd
 from superpose.methods.tsv import TWO_DIMENSIONAL, is_decomposed, spectral_cost
 from superpose.options import Range
-from superpose.registry import Breach, Merged, merge_method
+from superpose.registry import Breach, Factored, Merged, MergedFactors, merge_method
 
 AVERAGED = frozenset(Kind) - TWO_DIMENSIONAL
 
@@ -36,6 +38,15 @@ class IsoCOptions:
 
     scaling_factor: Annotated[float, Range(-10, 10)] = 1.0
     """Factor on the merged task vector (alpha; searched up to 3 in the code)."""
+
+
+def _in_factors(tasks: Sequence[LowRank], options: IsoCOptions, kind: Kind) -> MergedFactors:
+    if kind not in TWO_DIMENSIONAL:
+        return MergedFactors(total(tasks, [options.scaling_factor / len(tasks)] * len(tasks)))
+    features = total(tasks).features()
+    level = float(features.s.mean()) if features.count else 0.0
+    update = LowRank(features.u * (options.scaling_factor * level), features.vh)
+    return MergedFactors(update, {"rank": features.count, "singular_value": level})
 
 
 @merge_method(
@@ -49,6 +60,7 @@ class IsoCOptions:
         "same": Breach("T times the task, with its singular values made equal", TWO_DIMENSIONAL),
         "zero": Breach("what is not 2-D is averaged", AVERAGED),
     },
+    factored=Factored(_in_factors),
 )
 def iso_c(task_vectors: Float[Tensor, "tasks *shape"], options: IsoCOptions, *, kind: Kind) -> Merged:
     """Sum the task matrices and flatten the spectrum.

@@ -15,6 +15,7 @@ tasks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -23,12 +24,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superpose.kinds import Kind
+from superpose.maths.low_rank import LowRank, total
 from superpose.maths.matrices import as_matrices
 from superpose.maths.orthogonal import polar_factor
 from superpose.maths.svd import Features, thin_svd
 from superpose.methods.tsv import TWO_DIMENSIONAL, is_decomposed, spectral_cost
 from superpose.options import Range
-from superpose.registry import Breach, Merged, merge_method
+from superpose.registry import Breach, Factored, Merged, MergedFactors, merge_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,21 @@ class IsoCtsOptions:
     """Factor on the merged task vector (alpha; searched up to 3 in the code)."""
     common_fraction: Annotated[float, Range(0, 1)] = 0.8
     """Fraction of the directions that are taken from the sum of all tasks (0.8 in the paper)."""
+
+
+def _in_factors(tasks: Sequence[LowRank], options: IsoCtsOptions, kind: Kind) -> MergedFactors:
+    if kind not in TWO_DIMENSIONAL:
+        return MergedFactors(total(tasks, [options.scaling_factor / len(tasks)] * len(tasks)))
+    shape = tasks[0].shape
+    common_count, own_count = share_directions(min(shape), len(tasks), options.common_fraction)
+    common = total(tasks).features().take(0, common_count)
+    parts = [common]
+    for task in tasks:
+        rest = LowRank(task.left - common.u @ (common.u.T @ task.left), task.right)
+        parts.append(_above_rounding(rest.features(), max(shape), task.norm(), own_count))
+    s, left, right, stats = _together(parts)
+    level = options.scaling_factor * float(s.mean()) if len(s) else 0.0
+    return MergedFactors(LowRank(level * left, right.T), stats)
 
 
 @merge_method(
@@ -52,6 +69,7 @@ class IsoCtsOptions:
         "same": Breach("the mean runs over singular values of T times the task, made equal", TWO_DIMENSIONAL),
         "zero": "one task more leaves fewer directions to each; what is not 2-D is averaged",
     },
+    factored=Factored(_in_factors),
 )
 def iso_cts(task_vectors: Float[Tensor, "tasks *shape"], options: IsoCtsOptions, *, kind: Kind) -> Merged:
     """Put common and task-specific directions together, and flatten the spectrum.
@@ -84,19 +102,32 @@ def _merge_matrices(matrices: Float[Tensor, "tasks out in_"], options: IsoCtsOpt
     common_count, own_count = share_directions(min(matrices.shape[1:]), len(matrices), options.common_fraction)
     common = thin_svd(matrices.sum(dim=0)).take(0, common_count)
     parts = [common, *(_own(matrix, common, own_count) for matrix in matrices)]
-    s = torch.cat([part.s for part in parts])
+    s, left, right, stats = _together(parts)
     if not len(s):
-        return Merged(torch.zeros_like(matrices[0]), {"common": 0, "own": 0})
+        return Merged(torch.zeros_like(matrices[0]), stats)
+    return Merged(float(s.mean()) * (left @ right.T), stats)
+
+
+def _together(
+    parts: Sequence[Features],
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "out k"], Float[Tensor, "in_ k"], dict[str, int]]:
+    """Return the strengths of common (first) and own features, their vectors made orthonormal, and how many."""
+    s = torch.cat([part.s for part in parts])
     left, _ = polar_factor(torch.cat([part.u for part in parts], dim=1))
     right, _ = polar_factor(torch.cat([part.vh for part in parts]).T)
-    stats = {"common": common.count, "own": len(s) - common.count}
-    return Merged(float(s.mean()) * (left @ right.T), stats)
+    return s, left, right, {"common": parts[0].count, "own": len(s) - parts[0].count}
 
 
 def _own(matrix: Float[Tensor, "out in_"], common: Features, count: int) -> Features:
     """Return the leading features of what the common left directions leave of a task matrix."""
     rest = matrix - common.u @ (common.u.T @ matrix)
-    features = thin_svd(rest)
-    # What rounding leaves of a matrix that lies in the common directions is no feature of the task.
-    noise = max(matrix.shape) * torch.finfo(matrix.dtype).eps * float(torch.linalg.matrix_norm(matrix))
+    return _above_rounding(thin_svd(rest), max(matrix.shape), float(torch.linalg.matrix_norm(matrix)), count)
+
+
+def _above_rounding(features: Features, size: int, norm: float, count: int) -> Features:
+    """Return the leading features that are more than what rounding leaves of a matrix of this size and norm.
+
+    What it leaves of a matrix that lies in the common directions is no feature of the task.
+    """
+    noise = size * torch.finfo(features.s.dtype).eps * norm
     return features.take(0, min(count, int((features.s > noise).sum())))

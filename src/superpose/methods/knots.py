@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superpose.kinds import MATRIX_KINDS, Kind
+from superpose.maths.low_rank import LowRank, total
 from superpose.maths.matrices import acts_as_matrix, as_matrices
 from superpose.maths.randomness import Generator
 from superpose.maths.streaming import TensorChunks, search_is_over
@@ -34,7 +35,7 @@ from superpose.methods.dare_ties import DareTiesOptions, DareTiesSurvey, dare_ti
 from superpose.methods.task_arithmetic import TaskArithmeticOptions, task_arithmetic
 from superpose.methods.ties import TiesNumbers
 from superpose.options import Range
-from superpose.registry import Cost, Merged, merge_method
+from superpose.registry import Cost, Factored, Merged, MergedFactors, merge_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +119,27 @@ class KnotsSurvey:
         kind = chunks.kind
         if kind is None or not acts_as_matrix(kind, chunks.shape) or not chunks.numel:
             return Alignment((), None, self.merger.for_tensor(name, chunks, state, options.of_merger()))
-        bases, entries = _align(chunks.whole(), kind, options)
+        bases, entries = _align_chunks(chunks, kind, options)
         cuts = self.merger.for_tensor(name, _as_chunks(entries, chunks), state, options.of_merger())
         return Alignment(bases, entries, cuts)
+
+
+def _in_factors(
+    tasks: Sequence[LowRank],
+    options: KnotsOptions,
+    generator: Generator,
+    weights: Float[Tensor, " tasks"],
+    survey: Alignment | None,
+) -> MergedFactors:
+    if options.merger == "task_arithmetic":
+        return MergedFactors(total(tasks, (weights * options.scaling_factor).tolist()))
+    if survey is not None and survey.entries is not None:
+        basis, entries = survey.bases[0], survey.entries
+    else:
+        basis, entries = _align_factors(tasks, options)
+    merged = _merge(entries, options, generator, weights, survey.cuts if survey else None)
+    left = basis.u if options.weight_by_sigma else basis.u * basis.s
+    return MergedFactors(LowRank(left, merged.reshape(basis.count, tasks[0].shape[1])), {"rank": basis.count})
 
 
 def knots_cost(shape: Sequence[int], tasks: int, options: KnotsOptions) -> Cost:
@@ -138,6 +157,7 @@ def knots_cost(shape: Sequence[int], tasks: int, options: KnotsOptions) -> Cost:
     whole_for=MATRIX_KINDS,
     survey=KnotsSurvey(),
     cost=knots_cost,
+    factored=Factored(_in_factors, lambda options, kind: kind in MATRIX_KINDS),
 )
 def knots(
     task_vectors: Float[Tensor, "tasks *shape"],
@@ -220,7 +240,28 @@ def _aligned(chunks: TensorChunks, options: KnotsOptions) -> TensorChunks:
     kind = chunks.kind
     if kind is None or not acts_as_matrix(kind, chunks.shape) or not chunks.numel:
         return chunks
-    return _as_chunks(_align(chunks.whole(), kind, options)[1], chunks)
+    return _as_chunks(_align_chunks(chunks, kind, options)[1], chunks)
+
+
+def _align_chunks(
+    chunks: TensorChunks, kind: Kind, options: KnotsOptions
+) -> tuple[tuple[Features, ...], Float[Tensor, "tasks entries"]]:
+    """Return what `_align` does, of factors where the chunks have them."""
+    if chunks.factors is not None:
+        basis, entries = _align_factors(chunks.factors, options)
+        return (basis,), entries
+    return _align(chunks.whole(), kind, options)
+
+
+def _align_factors(tasks: Sequence[LowRank], options: KnotsOptions) -> tuple[Features, Float[Tensor, "tasks entries"]]:
+    """Return the shared basis of task matrices known by factors, and each in it, flattened; none is written out."""
+    # right_i = R_i^T Q_i^T with orthonormal Q_i, which leave the left directions and strengths of [M_1 ... M_T] be.
+    left = torch.cat([task.left for task in tasks], dim=1)
+    cores = [torch.linalg.qr(task.right.T, mode="r")[1].T for task in tasks]
+    basis = LowRank(left, torch.block_diag(*cores)).features()
+    aligned = torch.stack([(basis.u.T @ task.left) @ task.right for task in tasks])
+    entries = (aligned if options.weight_by_sigma else aligned / basis.s[:, None]).flatten(1)
+    return basis, entries
 
 
 def _as_chunks(entries: Float[Tensor, "tasks entries"], chunks: TensorChunks) -> TensorChunks:

@@ -18,9 +18,10 @@ where they share none it equals trimmed task arithmetic.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -31,13 +32,24 @@ from torch import Tensor
 from superpose.kinds import MATRIX_KINDS, Kind
 from superpose.maths.feature_gram import FeatureGram, add_up, block_bytes
 from superpose.maths.linear_system import MOST_DENSE, TOLERANCE, Solution, Solver, solve_psd
+from superpose.maths.low_rank import LowRank, of_features, total, zero
 from superpose.maths.matrices import acts_as_matrix
 from superpose.maths.side_by_side import side_by_side
 from superpose.maths.sparsify import Cuts, apply_cuts, count_kept, keep_largest
 from superpose.maths.streaming import MagnitudeSurvey
 from superpose.maths.svd import Features, leading, leading_by_energy, leading_svd, thin_svd, without_ends
 from superpose.options import Range
-from superpose.registry import Breach, Cache, Caution, Cost, Merged, Remembered, merge_method
+from superpose.registry import (
+    Breach,
+    Cache,
+    Caution,
+    Cost,
+    Factored,
+    Merged,
+    MergedFactors,
+    Remembered,
+    merge_method,
+)
 
 NEARLY_PARALLEL = 1e4
 """Condition number beyond which a ridge is suggested."""
@@ -81,15 +93,33 @@ class StfOptions:
 
 @dataclass(frozen=True)
 class Superposition:
-    """The merged matrix and how well it answers each feature."""
+    """The merged matrix as a sum of features, and how well it answers each of them."""
 
-    matrix: Float[Tensor, "out in_"]
+    tasks: Sequence[Features]
+    factors: Sequence[Float[Tensor, " _"]]
+    """Factor of each feature in the sum, by task."""
+    norm: float
+    """Of the matrix."""
     features: int
     solution: Solution
     worst: float
     """Largest |u_a . M v_a - s_a|, relative to the largest s."""
     conflicting: tuple[int, ...]
     """Indices of the tasks whose features are not answered."""
+
+    @cached_property
+    def matrix(self) -> Float[Tensor, "out in_"]:
+        """The merged matrix written out."""
+        return add_up(self.tasks, self.factors)
+
+    def low_rank(self) -> LowRank:
+        """Return the merged matrix by its factors, the strengths shared between both."""
+        roots = [factor.abs().sqrt() for factor in self.factors]
+        left = [
+            task.u * (root * factor.sign()) for task, root, factor in zip(self.tasks, roots, self.factors, strict=True)
+        ]
+        right = [root[:, None] * task.vh for task, root in zip(self.tasks, roots, strict=True)]
+        return LowRank(torch.cat(left, dim=1), torch.cat(right))
 
 
 def stf_cost(shape: Sequence[int], tasks: int, options: StfOptions) -> Cost:
@@ -120,6 +150,35 @@ def stf_cost(shape: Sequence[int], tasks: int, options: StfOptions) -> Cost:
     return Cost(memory, flops)
 
 
+def _in_factors(tasks: Sequence[LowRank], options: StfOptions, kind: Kind) -> MergedFactors:
+    """Superpose the features of low-rank task matrices: the result is one, of all ranks."""
+    if kind not in MATRIX_KINDS:
+        return MergedFactors(total(tasks, [options.scaling_factor] * len(tasks)))
+    wanted = _wanted(options, min(tasks[0].shape))
+    found = [without_ends(task.features(), options.remove_smallest, options.remove_largest) for task in tasks]
+    kept = [leading(features, wanted, options.energy) for features in found]
+    present = [index for index, task in enumerate(kept) if task.count]
+    if len(present) < 2 and options.ridge == 0:
+        count = sum(task.count for task in kept)
+        alone = zero(tasks[0].shape, tasks[0].left)
+        if present:
+            alone = tasks[present[0]] if _keeps_all_features(options) else of_features(kept[present[0]])
+        stats = {"features": count, "rank": count, "residual": 0.0, "condition": 1.0}
+        return MergedFactors(alone.times(options.scaling_factor), stats)
+    if not present:
+        stats = {"features": 0, "rank": 0, "residual": 0.0, "condition": 1.0}
+        return MergedFactors(zero(tasks[0].shape, tasks[0].left), stats)
+    merged = superpose_features(kept, ridge=options.ridge, solver=options.solver)
+    stats = _stats(merged, kept)
+    update = merged.low_rank().times(options.scaling_factor)
+    return MergedFactors(update, stats, _cautions(merged, present, stats["growth"]))
+
+
+def _allows_factors(options: StfOptions, kind: Kind) -> bool:
+    """Trimming asks for single entries, and a sample to check against for the matrices written out."""
+    return options.density == 1 and options.matrices == "task" and options.check_share == 0
+
+
 @merge_method(
     "stf",
     options=StfOptions,
@@ -134,6 +193,8 @@ def stf_cost(shape: Sequence[int], tasks: int, options: StfOptions) -> Cost:
         ),
         "zero": Breach("norms are averaged, as in the paper", frozenset({Kind.NORM})),
     },
+    factored=Factored(_in_factors, _allows_factors),
+    for_adapters={"density": 1.0},
 )
 def stf(
     task_vectors: Float[Tensor, "tasks *shape"],
@@ -197,15 +258,19 @@ def superpose_features(tasks: Sequence[Features], *, ridge: float = 0.0, solver:
     gram = FeatureGram(tasks)
     solution = solve_psd(gram, s, ridge=ridge, solver=solver)
     counts = [task.count for task in tasks]
-    misses = (gram.times(solution.x.to(s)[:, None])[:, 0] - s).abs() / s.max()
+    x = solution.x.to(s)
+    answers = gram.times(x[:, None])[:, 0]
     del gram  # its blocks are the largest thing here
+    misses = (answers - s).abs() / s.max()
     worst = float(misses.max())
     conflicting: tuple[int, ...] = ()
     tolerance = 100 * TOLERANCE[s.dtype]
     if ridge == 0 and worst > tolerance and solution.converged:
         by_task = misses.split(counts)
         conflicting = tuple(i for i, part in enumerate(by_task) if len(part) and float(part.max()) > tolerance)
-    return Superposition(add_up(tasks, solution.x.to(s).split(counts)), len(s), solution, worst, conflicting)
+    # <M, M> = sum_a alpha_a u_a . M v_a; in float64 no square of a float32 vanishes.
+    norm = math.sqrt(max(0.0, float(x.double() @ answers.double())))
+    return Superposition(tasks, x.split(counts), norm, len(s), solution, worst, conflicting)
 
 
 def _merge_stack(
@@ -262,21 +327,23 @@ def _solve_matrices(
         stats = {"features": task.count, "rank": task.count, "residual": 0.0, "condition": 1.0}
         return Merged(matrix.reshape(shape), stats)
     found = superpose_features(tasks, ridge=options.ridge, solver=options.solver)
-    stats: dict[str, Any] = {
+    stats = _stats(found, tasks)
+    if not _keeps_all_features(options) and _is_checked(matrices, options.check_share):
+        stats["distance_to_all_features"] = _distance_to_all_features(found.matrix, matrices, options)
+    return Merged(found.matrix.reshape(shape), stats, _cautions(found, present, stats["growth"]))
+
+
+def _stats(found: Superposition, tasks: Sequence[Features]) -> dict[str, Any]:
+    together = sum(float(torch.linalg.vector_norm(task.s, dtype=torch.float64)) for task in tasks)
+    return {
         "features": found.features,
         "rank": found.solution.rank,
         "residual": found.solution.residual,
         "condition": found.solution.condition,
         "worst": found.worst,
         "solver": found.solution.solver,
+        "growth": found.norm / together if together else 0.0,
     }
-    # In float64 no square of a float32 vanishes.
-    together = sum(float(torch.linalg.vector_norm(task.s, dtype=torch.float64)) for task in tasks)
-    norm = float(torch.linalg.vector_norm(found.matrix, dtype=torch.float64))
-    stats["growth"] = norm / together if together else 0.0
-    if not _keeps_all_features(options) and _is_checked(matrices, options.check_share):
-        stats["distance_to_all_features"] = _distance_to_all_features(found.matrix, matrices, options)
-    return Merged(found.matrix.reshape(shape), stats, _cautions(found, present, stats["growth"]))
 
 
 def _remembered_features(matrix: Float[Tensor, "out in_"], options: StfOptions, cache: Cache | None) -> Features:

@@ -11,14 +11,16 @@ orthogonal task vectors little beats it that costs less.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from jaxtyping import Float
 from torch import Tensor
 
+from superpose.maths.low_rank import LowRank, total
 from superpose.options import Range
-from superpose.registry import merge_method
+from superpose.registry import Factored, merge_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +31,17 @@ class TaskArithmeticOptions:
     """Factor on the summed task vectors (lambda); 0.3 is usual for eight tasks."""
 
 
+def _in_factors(tasks: Sequence[LowRank], options: TaskArithmeticOptions, weights: Float[Tensor, " tasks"]) -> LowRank:
+    return total(tasks, (weights * options.scaling_factor).tolist())
+
+
 @merge_method(
     "task_arithmetic",
     options=TaskArithmeticOptions,
     source="Ilharco et al. 2023, arXiv:2212.04089, section 2",
     whole_for=(),
     breaks={"same": "T identical tasks add up to T times the task; with scaling_factor 1/T it holds"},
+    factored=Factored(_in_factors, splits=False),
 )
 def task_arithmetic(
     task_vectors: Float[Tensor, "tasks *shape"],

@@ -12,6 +12,7 @@ control in experiments, and where STF's decompositions take too long.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -19,10 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superpose.kinds import Kind
+from superpose.maths.low_rank import LowRank, total
 from superpose.maths.sparsify import Cuts, apply_cuts, keep_largest
 from superpose.maths.streaming import MagnitudeSurvey
 from superpose.options import Range
-from superpose.registry import Breach, merge_method
+from superpose.registry import Breach, Factored, merge_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,10 @@ class TrimmedTaskArithmeticOptions:
     """Whether norms are trimmed before they are averaged; STF's default."""
 
 
+def _in_factors(tasks: Sequence[LowRank], options: TrimmedTaskArithmeticOptions) -> LowRank:
+    return total(tasks, [options.scaling_factor] * len(tasks))
+
+
 @merge_method(
     "trimmed_task_arithmetic",
     options=TrimmedTaskArithmeticOptions,
@@ -49,6 +55,8 @@ class TrimmedTaskArithmeticOptions:
         "same": Breach("T identical tasks add up to T times the task", frozenset(Kind) - {Kind.NORM}),
         "zero": Breach("norms are averaged, as by STF", frozenset({Kind.NORM})),
     },
+    factored=Factored(_in_factors, lambda options, kind: options.density == 1, splits=False),
+    for_adapters={"density": 1.0},
 )
 def trimmed_task_arithmetic(
     task_vectors: Float[Tensor, "tasks *shape"],

@@ -26,11 +26,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superpose.kinds import Kind
+from superpose.maths.low_rank import LowRank, total, zero
 from superpose.maths.matrices import as_matrices
 from superpose.maths.orthogonal import polar_factor
-from superpose.maths.svd import thin_svd
+from superpose.maths.svd import Features, thin_svd
 from superpose.options import Range
-from superpose.registry import Breach, Cost, Merged, merge_method
+from superpose.registry import Breach, Cost, Factored, Merged, MergedFactors, merge_method
 
 TWO_DIMENSIONAL = frozenset({Kind.LINEAR, Kind.EMBEDDING, Kind.HEAD})
 """Kinds whose tensors can be 2-D."""
@@ -54,6 +55,19 @@ def spectral_cost(shape: Sequence[int], tasks: int, options: object) -> Cost:
     return Cost(8 * numbers + 4 * (tasks + 1) * out * in_, flops)
 
 
+def _in_factors(tasks: Sequence[LowRank], options: TsvOptions, kind: Kind) -> MergedFactors:
+    count = min(tasks[0].shape) // len(tasks)
+    if kind not in TWO_DIMENSIONAL or count == 0:
+        return MergedFactors(total(tasks, [options.scaling_factor / len(tasks)] * len(tasks)))
+    if len(tasks) == 1:
+        return MergedFactors(tasks[0].times(options.scaling_factor))
+    found = _orthonormal([task.features().take(0, count) for task in tasks])
+    if found is None:
+        return MergedFactors(zero(tasks[0].shape, tasks[0].left), {"triplets": 0, "rank": 0})
+    left, s, right, stats = found
+    return MergedFactors(LowRank(left * (s * options.scaling_factor), right.T), stats)
+
+
 @merge_method(
     "tsv",
     options=TsvOptions,
@@ -64,6 +78,7 @@ def spectral_cost(shape: Sequence[int], tasks: int, options: object) -> Cost:
         "same": Breach("of T identical tasks the leading 1/T of the triplets comes back", TWO_DIMENSIONAL),
         "zero": "one task more leaves fewer triplets to each; what is not 2-D is averaged",
     },
+    factored=Factored(_in_factors),
 )
 def tsv(task_vectors: Float[Tensor, "tasks *shape"], options: TsvOptions, *, kind: Kind) -> Merged:
     """Merge the leading triplets of every task, with orthonormal vectors.
@@ -98,8 +113,20 @@ def _merge_matrices(matrices: Float[Tensor, "tasks out in_"]) -> Merged:
     if len(matrices) == 1:
         return Merged(matrices[0], {"triplets": count, "rank": count})  # without the rounding of a decomposition
     tasks = [thin_svd(matrix).take(0, count) for matrix in matrices]
+    found = _orthonormal(tasks)
+    if found is None:
+        return Merged(torch.zeros_like(matrices[0]), {"triplets": 0, "rank": 0})
+    left, s, right, stats = found
+    return Merged((left * s) @ right.T, stats)
+
+
+def _orthonormal(
+    tasks: Sequence[Features],
+) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "in_ k"], dict[str, int]] | None:
+    """Return all tasks' vectors made orthonormal together, their strengths, and how many; None without any."""
     s = torch.cat([task.s for task in tasks])
+    if not len(s):
+        return None
     left, left_rank = polar_factor(torch.cat([task.u for task in tasks], dim=1))
     right, right_rank = polar_factor(torch.cat([task.vh for task in tasks]).T)
-    stats = {"triplets": len(s), "rank": min(left_rank, right_rank)}
-    return Merged((left * s) @ right.T, stats)
+    return left, s, right, {"triplets": len(s), "rank": min(left_rank, right_rank)}
