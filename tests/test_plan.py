@@ -49,7 +49,7 @@ def test_four_problems_are_listed_at_once_each_with_file_and_tensor(tmp_path):
 
 def test_plan_reads_no_tensor(tmp_path, monkeypatch):
     folders = make_family(tmp_path)
-    monkeypatch.setattr("superpose.parts._reader", None)
+    monkeypatch.setattr("superpose.reading._reader", None)
     plan = library.plan(recipe(folders, method="stf"))
     assert len(plan.items) == len(base_tensors())
 

@@ -396,7 +396,7 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest(tmp_path, text, k
         ({"dtype": "bf16"}, "dtype"),
         ({"seed": 1.5}, "seed"),
         ({"seed": "x"}, "seed"),
-        ({"output": {"form": "adapter"}}, "output.form"),
+        ({"output": {"form": "picture"}}, "output.form"),
         ({"output": {"shard_size": "big"}}, "output.shard_size"),
         ({"output": {"shard_size": 0}}, "output.shard_size"),
         ({"output": {"shard_size": None}}, "output.shard_size"),

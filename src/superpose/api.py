@@ -15,16 +15,19 @@ import superpose.methods  # noqa: F401 - registers the methods
 from superpose import task_sets
 from superpose.backends import make_backend
 from superpose.checkpoints.architecture import read_architecture
-from superpose.checkpoints.folder import Checkpoint, open_checkpoint
+from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.headers import TensorHeader
+from superpose.checkpoints.lora import Adapter
+from superpose.checkpoints.models import open_model
 from superpose.checkpoints.names import kind_of
 from superpose.comparison import Comparison, compare_items, group_tensors, suggestions
 from superpose.decompositions import open_cache
 from superpose.elsewhere import with_inputs_checked
 from superpose.errors import SuperposeError
 from superpose.kinds import Kind
-from superpose.parts import Context, close_readers
+from superpose.parts import Context
 from superpose.planning import Plan, Settings, make_plan
+from superpose.reading import close_readers
 from superpose.recipe import Recipe, load_recipe, parse_bytes
 from superpose.records import RunRecord
 from superpose.registry import Method, registered
@@ -141,6 +144,69 @@ def merge_scaled(
     records = [run_plan(plan, place, report, kept) for plan, place in zip(plans, outputs, strict=True)]
     shutil.rmtree(between)
     return records
+
+
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    per_layer_rank: bool = False,
+    rest: str = "drop",
+    dtype: str = "base",
+    device: str = "cpu",
+    backend: str = "threads",
+    workers: int | None = None,
+    memory: int | str = "4GiB",
+    overwrite: bool = False,
+    ray_address: str | None = None,
+    report: Report | None = None,
+) -> RunRecord:
+    """Write a fine-tune as a LoRA adapter of its base.
+
+    Args:
+        base: the base: folder, weight file, hub id, or MODEL+ADAPTER.
+        tuned: its fine-tune; or an adapter of it, to give that a smaller rank.
+        output: folder of the adapter.
+        rank: most directions of every module.
+        energy: share of every update's squared norm that is kept; 0.99 where neither it nor `rank` is given.
+        per_layer_rank: whether every module has its own rank; one for all otherwise, as engines read it.
+        rest: what happens to norms, biases, embeddings and what else no low-rank update holds: "save" it in the adapter
+            as it is, "drop" it with a warning, or "refuse".
+        dtype: of the adapter; "base" is float32, which is exact.
+        device: as for `merge`.
+        backend: as for `merge`.
+        workers: as for `merge`.
+        memory: as for `merge`.
+        overwrite: as for `merge`.
+        ray_address: as for `merge`.
+        report: as for `merge`.
+
+    Returns:
+        The record; `totals["truncation_error"]` is the share of the updates' norm that the adapter does not hold.
+
+    Raises:
+        SuperposeError: a file or a tensor is not as it should be.
+        Problems: several of them are not.
+    """
+    if rank is None and energy is None:
+        energy = 0.99
+    recipe = {
+        "base": str(base),
+        "models": [{"path": str(tuned)}],
+        "method": "task_arithmetic",
+        "options": {"scaling_factor": 1.0},
+        "dtype": dtype,
+        "output": {
+            "form": "adapter", "rank": rank, "energy": energy, "per_layer_rank": per_layer_rank, "rest": rest,
+        },
+    }  # fmt: skip
+    return merge(
+        recipe, output, device=device, backend=backend, workers=workers, memory=memory, overwrite=overwrite,
+        ray_address=ray_address, report=report,
+    )  # fmt: skip
 
 
 def plan(
@@ -273,19 +339,21 @@ class Inspection:
     tied: Mapping[str, str]
 
 
-def inspect(location: str | Path) -> Inspection:
-    """Look at a checkpoint's headers.
+def inspect(location: str | Path) -> Inspection | Adapter:
+    """Look at the headers of a checkpoint or an adapter.
 
     Args:
-        location: folder, weight file, or hub id.
+        location: folder, weight file, or hub id; or MODEL+ADAPTER.
 
     Returns:
-        What it holds.
+        What it holds; an adapter as it is.
 
     Raises:
         SuperposeError: there is nothing of that name, or no weights in it.
     """
-    checkpoint = open_checkpoint(str(location))
+    checkpoint = open_model(str(location))
+    if isinstance(checkpoint, Adapter):
+        return checkpoint
     architecture = read_architecture(checkpoint.folder, checkpoint.config, len(checkpoint.tensors))
     kinds = {}
     for name, header in checkpoint.tensors.items():

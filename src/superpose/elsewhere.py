@@ -20,13 +20,14 @@ import numpy as np
 from torch import Tensor
 
 from superpose.backends import Backend
+from superpose.checkpoints.adapted import files_of
 from superpose.checkpoints.files import content_mark
 from superpose.checkpoints.writer import GuestWriter, Layout, StreamWriter, as_bytes
 from superpose.errors import SuperposeError
 from superpose.journal import Journal
 from superpose.merge_tensor import merge_item
 from superpose.parts import Context
-from superpose.planning import WorkItem
+from superpose.planning import WorkItem, sources_of
 from superpose.records import TensorRecord
 
 Piece = tuple[str, int, np.ndarray]
@@ -118,7 +119,7 @@ def with_inputs_checked(backend: Backend, items: Sequence[WorkItem]) -> Backend:
     """
     if backend.in_process:
         return backend
-    files = {header.file for item in items for header in (item.base, *item.tuned) if header}
+    files = {file for item in items for file in _files(item)}
     return _Checking(backend, {file: content_mark(file) for file in files})
 
 
@@ -149,10 +150,13 @@ class _Checked:
     marks: Mapping[Path, str]
 
     def __call__(self, item: WorkItem) -> Any:
-        for header in (item.base, *item.tuned):
-            if header is not None:
-                _check(header.file, self.marks[header.file])
+        for file in _files(item):
+            _check(file, self.marks[file])
         return self.function(item)
+
+
+def _files(item: WorkItem) -> list[Path]:
+    return sorted({file for header in sources_of(item) for file in files_of(header)})
 
 
 @lru_cache(maxsize=4096)

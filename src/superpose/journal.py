@@ -42,7 +42,8 @@ class Journal:
                 record = tensor_record(entry["record"])
                 if keys.get(record.name) == entry["key"]:
                     found[record.name] = record
-        return {name: record for name, record in found.items() if _in_place(record, writer)}
+        written = {item.name: item.names for item in items}
+        return {name: record for name, record in found.items() if _in_place(record, written[name], writer)}
 
     def add(self, item: WorkItem, record: TensorRecord) -> None:
         """Note that an item is finished; from any thread."""
@@ -61,6 +62,7 @@ class Journal:
             return stream.read(1) == b"\n"
 
 
-def _in_place(record: TensorRecord, writer: StreamWriter) -> bool:
+def _in_place(record: TensorRecord, names: Sequence[str], writer: StreamWriter) -> bool:
     """Whether the bytes that a record tells of are still what it says."""
-    return all(writer.digest(name) == sha256 for name, sha256 in {record.name: record.sha256, **record.beside}.items())
+    told = {**dict.fromkeys(names, record.sha256), **record.beside, **record.factors}
+    return all(writer.digest(name) == sha256 for name, sha256 in told.items())

@@ -15,19 +15,23 @@ import torch
 from torch import Tensor
 
 import superpose.methods  # noqa: F401 - registers them, also in a process that begins by unpickling a function here
+from superpose.checkpoints.adapted import AdaptedTensor
+from superpose.checkpoints.headers import TensorHeader
 from superpose.checkpoints.writer import as_bytes
 from superpose.errors import SuperposeError
 from superpose.kinds import MATRIX_KINDS, Kind
-from superpose.maths.measures import feature_preservation
+from superpose.maths.measures import Preservation, feature_preservation
 from superpose.maths.randomness import Generator
 from superpose.maths.side_by_side import alone
 from superpose.maths.sparsify import Cuts, apply_cuts
 from superpose.maths.svd import thin_svd
-from superpose.parts import Context, Part, parts_of, read_tensor
+from superpose.outputs import Outputs
+from superpose.parts import Context, Part, parts_of
 from superpose.planning import CHUNK, SURVEY_CHUNK, WorkItem
+from superpose.reading import read_tensor
 from superpose.records import TensorRecord
-from superpose.registry import Merged, Method, find_method
-from superpose.sink import Sink, Write
+from superpose.registry import Merged, MergedFactors, Method, find_method
+from superpose.sink import Write
 
 
 def merge_item(item: WorkItem, surveys: Mapping[Any, Any], context: Context, write: Write) -> TensorRecord:
@@ -46,7 +50,7 @@ def merge_item(item: WorkItem, surveys: Mapping[Any, Any], context: Context, wri
         SuperposeError: an input holds NaN or infinity.
     """
     started = time.perf_counter()
-    sink = Sink(item, write)
+    sink = Outputs(item, write)
     outcomes: list[Outcome] = []
     if item.action == "copy":
         outcomes.append(_copy(item, context, sink))
@@ -54,14 +58,16 @@ def merge_item(item: WorkItem, surveys: Mapping[Any, Any], context: Context, wri
         method = find_method(item.method)
         for part in parts_of(item, context):
             in_pieces = item.streams and not (context.measure and item.kind in MATRIX_KINDS)
-            inputs = None if in_pieces else part.read(0, part.base.numel())
+            inputs = None if in_pieces or item.in_factors else part.read(0, part.base.numel())
             survey = None
             if method.survey is not None:
                 state = surveys.get((item.method, item.options))
                 survey = method.survey.for_tensor(part.name, part.chunks(SURVEY_CHUNK, inputs), state, item.options)
             try:
                 with nullcontext() if context.split_tensors else alone():
-                    if inputs is None:
+                    if item.in_factors:
+                        outcomes.append(_merge_in_factors(part, method, survey, sink))
+                    elif inputs is None:
                         outcomes.append(_merge_in_pieces(part, method, survey, sink))
                     else:
                         outcomes.append(_merge_whole(part, *inputs, method, survey, sink))
@@ -69,7 +75,8 @@ def merge_item(item: WorkItem, surveys: Mapping[Any, Any], context: Context, wri
                 what = f"{item.method} cannot decompose it: {str(error).partition(chr(10))[0]}"
                 mend = "look at the values with superpose compare, or give it another method by a rule"
                 raise SuperposeError(what, where=f"tensor {part.name}", mend=mend) from error
-    sha256 = sink.finish()
+    with nullcontext() if context.split_tensors else alone():
+        sha256, factors, numbers = sink.finish()
     outcome = _together(outcomes)
     troubles = tuple(context.cache.problems()) if context.cache else ()
     return TensorRecord(
@@ -82,11 +89,12 @@ def merge_item(item: WorkItem, surveys: Mapping[Any, Any], context: Context, wri
         shape=item.shape,
         parts=len(item.parts[1]) if item.parts else 1,
         sha256=sha256,
-        stats=outcome.stats,
+        stats={**outcome.stats, **numbers},
         measures=outcome.measures,
         warnings=outcome.warnings + troubles,
         seconds=round(time.perf_counter() - started, 4),
         beside=sink.beside,
+        factors=factors,
     )
 
 
@@ -112,7 +120,7 @@ class Outcome:
     warnings: tuple[str, ...] = ()
 
 
-def _merge_in_pieces(part: Part, method: Method, survey: Any, sink: Sink) -> Outcome:
+def _merge_in_pieces(part: Part, method: Method, survey: Any, sink: Outputs) -> Outcome:
     """Merge a part entry by entry, a cacheful at a time."""
     warnings: tuple[str, ...] = ()
     stats: dict[str, Any] = {}
@@ -123,7 +131,7 @@ def _merge_in_pieces(part: Part, method: Method, survey: Any, sink: Sink) -> Out
         stacked, base = part.read(start, stop)
         within = survey.within(start, stop) if survey is not None else None
         merged = _call(method, part, stacked, base, within, part.generator.within(start))
-        sink.add(merged.tensor if method.acts_on == "weights" else base.add_(merged.tensor))
+        sink.add(merged.tensor, base, method.acts_on)
         sink.add_beside(merged.beside)
         warnings += _warnings(merged, part)
         stats = dict(merged.stats)  # a method that takes pieces has numbers of the whole model, or none
@@ -134,7 +142,7 @@ def _merge_in_pieces(part: Part, method: Method, survey: Any, sink: Sink) -> Out
     return Outcome(stats, warnings=tuple(dict.fromkeys(warnings)))
 
 
-def _merge_whole(part: Part, stacked: Tensor, base: Tensor, method: Method, survey: Any, sink: Sink) -> Outcome:
+def _merge_whole(part: Part, stacked: Tensor, base: Tensor, method: Method, survey: Any, sink: Outputs) -> Outcome:
     """Merge a part that its method has to see as a whole; measure it if that is asked for."""
     shape = part.base.shape
     stacked, base = stacked.reshape(len(part.tuned), *shape), base.reshape(shape)
@@ -142,12 +150,37 @@ def _merge_whole(part: Part, stacked: Tensor, base: Tensor, method: Method, surv
     measures: Mapping[str, Any] = {}
     if part.context.measure and part.item.kind in MATRIX_KINDS:
         measures = _measure(part, method, stacked, base, survey)
-    sink.add(merged.tensor if method.acts_on == "weights" else base.add_(merged.tensor))
+    sink.add(merged.tensor, base, method.acts_on)
     sink.add_beside(merged.beside)
     stats = dict(merged.stats)
     if method.beside is not None:
         stats["base_sha256"] = hashlib.sha256(as_bytes(part.base)).hexdigest()
     return Outcome(stats, measures, _warnings(merged, part))
+
+
+def _merge_in_factors(part: Part, method: Method, survey: Any, sink: Outputs) -> Outcome:
+    """Merge a part whose task matrices are low-rank updates, by their factors."""
+    merged = _call_in_factors(method, part, survey)
+    measures: Mapping[str, Any] = {}
+    if part.context.measure and part.item.kind in MATRIX_KINDS:
+        unscaled = _call_in_factors(method, part, survey, **_unscaled(part)).update.matrix()
+        kept = feature_preservation(unscaled, [task.features() for task in part.factors])
+        measures = {"untrimmed": _as_record(kept, part)}
+    sink.add_factors(merged.update, part)
+    return Outcome(dict(merged.stats), measures, _warnings(merged, part))
+
+
+def _call_in_factors(method: Method, part: Part, survey: Any, **changed: Any) -> MergedFactors:
+    assert method.factored is not None, f"{method.name} merges no factors"
+    return method.factored(
+        part.factors, replace(part.item.options, **changed), kind=part.item.kind, survey=survey,
+        generator=part.generator, weights=torch.tensor(part.context.weights, dtype=torch.float64),
+    )  # fmt: skip
+
+
+def _unscaled(part: Part) -> dict[str, float]:
+    """Return what turns the options into those of a merge without its final scaling."""
+    return {"scaling_factor": 1.0} if hasattr(part.item.options, "scaling_factor") else {}
 
 
 def _call(
@@ -167,9 +200,7 @@ def _measure(part: Part, method: Method, stacked: Tensor, base: Tensor, survey: 
     """Measure how well the merged matrix, before scaling, answers the features of the task matrices."""
     if part.item.kind is Kind.LINEAR and len(part.base.shape) != 2:
         return {}  # a stack of maps: no single matrix
-    scales = hasattr(part.item.options, "scaling_factor")
-    unscaled = {"scaling_factor": 1.0} if scales else {}
-    merged = _call(method, part, stacked, base, survey, part.generator, **unscaled).tensor
+    merged = _call(method, part, stacked, base, survey, part.generator, **_unscaled(part)).tensor
     task_vectors = stacked
     if method.acts_on == "weights":
         merged, task_vectors = merged - base, stacked - base
@@ -178,32 +209,39 @@ def _measure(part: Part, method: Method, stacked: Tensor, base: Tensor, survey: 
     # Cuts of a random method are those of what it drew, not of the task vectors.
     if isinstance(cuts, Cuts) and "generator" not in method.wants:
         found["trimmed"] = apply_cuts(task_vectors, cuts).flatten(2)
-    measures = {}
-    for reference, matrices in found.items():
-        kept = feature_preservation(merged.flatten(1), [thin_svd(matrix) for matrix in matrices])
-        by_task = dict(zip(part.context.task_names, kept.by_task, strict=True))
-        measures[reference] = {
-            "mean": kept.mean, "relative": kept.relative, "by_task": by_task, "features": kept.features
-        }  # fmt: skip
-    return measures
+    return {
+        reference: _as_record(feature_preservation(merged.flatten(1), [thin_svd(matrix) for matrix in matrices]), part)
+        for reference, matrices in found.items()
+    }
 
 
-def _copy(item: WorkItem, context: Context, sink: Sink) -> Outcome:
+def _as_record(kept: Preservation, part: Part) -> dict[str, Any]:
+    by_task = dict(zip(part.context.task_names, kept.by_task, strict=True))
+    return {"mean": kept.mean, "relative": kept.relative, "by_task": by_task, "features": kept.features}
+
+
+def _copy(item: WorkItem, context: Context, sink: Outputs) -> Outcome:
     """Take a tensor over from the base; say so where the tuned models have another."""
     base = read_tensor(item.base).reshape(-1)
     for start in range(0, base.numel(), CHUNK):
-        sink.add(base[start : start + CHUNK])
+        sink.copy(base[start : start + CHUNK])
     other = [
         task
         for task, header in zip(context.task_names, item.tuned, strict=bool(item.tuned))
-        if header is not None and not torch.equal(read_tensor(header).reshape(-1), base)
+        if header is not None and _differs(header, base)
     ]
     if not other:
         return Outcome()
     return Outcome(warnings=(f"{item.name}: {item.why}, copied from the base; {', '.join(other)} differ from it",))
 
 
-def _warnings(merged: Merged, part: Part) -> tuple[str, ...]:
+def _differs(header: TensorHeader, base: Tensor) -> bool:
+    if isinstance(header, AdaptedTensor) and header.onto is None:
+        return bool(header.parts)  # what an adapter does not mention is the base's
+    return not torch.equal(read_tensor(header).reshape(-1), base)
+
+
+def _warnings(merged: Merged | MergedFactors, part: Part) -> tuple[str, ...]:
     names = part.context.task_names
     return tuple(
         f"{part.name}: {caution.text}"

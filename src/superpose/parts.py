@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from superpose.checkpoints.files import formats
-from superpose.checkpoints.headers import Reader, TensorHeader, TensorInMemory
+from superpose.checkpoints.adapted import AdaptedTensor
+from superpose.checkpoints.headers import TensorHeader
 from superpose.errors import SuperposeError
 from superpose.maths.finite import is_finite
+from superpose.maths.low_rank import LowRank
 from superpose.maths.randomness import Generator
 from superpose.maths.streaming import TensorChunks
 from superpose.planning import WorkItem
+from superpose.reading import Update, read_tensor, read_update
 from superpose.registry import Cache, find_method
 
 
@@ -45,14 +45,51 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What one tuned model makes of a part.
+
+    Args:
+        tensor: its weights, contiguous; None for the base's.
+        update: what is added to them; None for nothing.
+    """
+
+    tensor: Tensor | None
+    update: Update | None = None
+
+
+@dataclass(frozen=True)
 class Part:
-    """One map of a tensor (the whole of it, or one of a fused projection), as contiguous views of the files."""
+    """One map of a tensor (the whole of it, or one of a fused projection), as contiguous views of the files.
+
+    Args:
+        item: what is done to the tensor.
+        context: what all items share.
+        name: the tensor's, with the part's number if there are several.
+        base: the base's weights; without data where nobody can read them.
+        tuned: what each tuned model makes of them.
+    """
 
     item: WorkItem
     context: Context
     name: str
     base: Tensor
-    tuned: tuple[Tensor, ...]
+    tuned: tuple[Source, ...]
+
+    @cached_property
+    def factors(self) -> tuple[LowRank, ...]:
+        """The task matrices as low-rank updates; only for an item that is merged in factors.
+
+        Returns:
+            One per task.
+
+        Raises:
+            SuperposeError: a factor holds NaN or infinity.
+        """
+        found = [source.update.low_rank for source in self.tuned if source.update is not None]
+        factors = tuple(low_rank for low_rank in found if low_rank is not None)
+        if not all(is_finite(half.reshape(-1)) for low_rank in factors for half in (low_rank.left, low_rank.right)):
+            raise self._not_finite(0, 0)
+        return factors
 
     def chunks(self, size: int, inputs: tuple[Tensor, Tensor] | None = None) -> TensorChunks:
         """Return the part's task vectors (or weights, if its method acts on them), in pieces.
@@ -67,7 +104,7 @@ class Part:
         read = self.stacked if inputs is None else lambda start, stop: inputs[0][:, start:stop]
         return TensorChunks(
             len(self.tuned), self.base.numel(), size, read, self.context.weights,
-            tuple(self.base.shape), self.item.kind, self.generator,
+            tuple(self.base.shape), self.item.kind, self.generator, self.factors if self.item.in_factors else None,
         )  # fmt: skip
 
     @property
@@ -91,14 +128,21 @@ class Part:
         # New memory, never a view of a file: what is done to it cannot reach the inputs.
         shape = (1 + len(self.tuned), stop - start)
         pieces = torch.empty(shape, dtype=self.item.compute, device=self.context.device)
-        for row, tensor in zip(pieces, (self.base, *self.tuned), strict=True):
-            row.copy_(tensor.reshape(-1)[start:stop])
         base, stacked = pieces[0], pieces[1:]
-        arguments = pieces
-        if find_method(self.item.method).acts_on == "task_vectors":
-            stacked -= base
-            arguments = stacked  # where the base is not finite, no difference from it is
-        if not is_finite(arguments):
+        differs = find_method(self.item.method).acts_on == "task_vectors"
+        if self.item.reads_base:
+            base.copy_(self.base.reshape(-1)[start:stop])
+        else:
+            base.zero_()
+        if all(source.update is None for source in self.tuned):
+            for row, source in zip(stacked, self.tuned, strict=True):
+                row.copy_(_tensor(source).reshape(-1)[start:stop])
+            if differs:
+                stacked -= base
+        else:
+            for row, source in zip(stacked, self.tuned, strict=True):
+                _fill(row, source, start, stop, base, differs)
+        if not is_finite(stacked if differs else pieces):  # where the base is not finite, no difference from it is
             raise self._not_finite(start, stop)
         return stacked, base
 
@@ -106,11 +150,17 @@ class Part:
         """Return entries start..stop of the flattened task vectors (or weights), in new memory: see `read`."""
         return self.read(start, stop)[0]
 
+    def weights(self, task: int, task_vector: Tensor, start: int, stop: int) -> Tensor:
+        """Return the entries start..stop of a tuned model's weights, given those of its task vector."""
+        source = self.tuned[task]
+        if source.tensor is not None and source.update is None:
+            return source.tensor.reshape(-1)[start:stop]
+        return self.base.reshape(-1)[start:stop].to(task_vector) + task_vector
+
     def _not_finite(self, start: int, stop: int) -> SuperposeError:
         """Return an error that names the input with NaN or infinity in it."""
-        for header, tensor in zip((self.item.base, *self.item.tuned), (self.base, *self.tuned), strict=True):
-            bad = int((~torch.isfinite(tensor.reshape(-1)[start:stop])).sum())
-            if bad and header is not None:
+        for header, tensor in self._inputs(start, stop):
+            if bad := int((~torch.isfinite(tensor)).sum()):
                 return SuperposeError(
                     f"{bad} entries are NaN or infinite",
                     where=f"{header.file}, tensor {header.name}",
@@ -122,59 +172,63 @@ class Part:
             mend="the models differ by more than float32 can hold; check that they belong together",
         )
 
+    def _inputs(self, start: int, stop: int) -> Iterator[tuple[TensorHeader, Tensor]]:
+        """Yield what the entries start..stop come from: those of a tensor, or an adapter's factors."""
+        if self.item.reads_base:
+            yield self.item.base, self.base.reshape(-1)[start:stop]
+        headers = [header for header in self.item.tuned if header is not None]
+        for header, source in zip(headers, self.tuned, strict=True):
+            if isinstance(header, AdaptedTensor):
+                yield from ((part, read_tensor(part)) for part in header.parts)
+            else:
+                yield header, _tensor(source).reshape(-1)[start:stop]
+
 
 def parts_of(item: WorkItem, context: Context) -> Iterator[Part]:
     """Yield the maps that a tensor holds: itself, or each of a fused projection."""
-    tensors = [read_tensor(header) for header in (item.base, *item.tuned) if header is not None]
+    base = read_tensor(item.base) if item.reads_base else torch.empty(item.shape, device="meta")
+    tuned = [_source(header, base, item, context) for header in item.tuned if header is not None]
     if item.parts is None:
-        yield Part(item, context, item.name, tensors[0], tuple(tensors[1:]))
+        yield Part(item, context, item.name, base, tuple(tuned))
         return
     axis, sizes = item.parts
-    blocks = [tensor.split(list(sizes), dim=axis) for tensor in tensors]
-    for number, (base, *tuned) in enumerate(zip(*blocks, strict=True)):
-        name = f"{item.name}#{number}"
-        yield Part(item, context, name, base.contiguous(), tuple(tensor.contiguous() for tensor in tuned))
+    blocks = zip(*(_split(source, axis, sizes) for source in (Source(base), *tuned)), strict=True)
+    for number, (own, *others) in enumerate(blocks):
+        yield Part(item, context, f"{item.name}#{number}", _tensor(own), tuple(others))
 
 
-def read_ahead(item: WorkItem) -> None:
-    """Let the system fetch an item's inputs from the disk while something else is computed.
-
-    They go where files are kept in memory anyway, and are given up first when memory is short: it costs no budget.
-    """
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for header in (item.base, *item.tuned):
-        if header is None or header.offset is None or not header.nbytes:  # of length 0 means to the end
-            continue
-        try:
-            descriptor = os.open(header.file, os.O_RDONLY)
-        except FileNotFoundError:
-            return  # the item's own turn will tell
-        try:
-            os.posix_fadvise(descriptor, header.offset, header.nbytes, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(descriptor)
+def _source(header: TensorHeader, base: Tensor, item: WorkItem, context: Context) -> Source:
+    if not isinstance(header, AdaptedTensor):
+        return Source(read_tensor(header))
+    tensor = read_tensor(header.onto) if header.onto is not None else None
+    return Source(tensor, read_update(header, base if tensor is None else tensor, item.compute, context.device))
 
 
-def close_readers() -> None:
-    """Close all input files that were kept open."""
-    _reader.cache_clear()
+def _split(source: Source, axis: int, sizes: Sequence[int]) -> list[Source]:
+    tensors: Sequence[Tensor | None] = [None] * len(sizes)
+    if source.tensor is not None:
+        tensors = [block.contiguous() for block in source.tensor.split(list(sizes), dim=axis)]
+    updates: Sequence[Update | None] = [None] * len(sizes)
+    if source.update is not None:
+        updates = source.update.split(axis, sizes)
+    return [Source(tensor, update) for tensor, update in zip(tensors, updates, strict=True)]
 
 
-def read_tensor(header: TensorHeader) -> Tensor:
-    """Return a tensor as a view of its file (or as it is, if it is in memory): never written to."""
-    if isinstance(header, TensorInMemory):
-        return header.tensor
-    try:
-        status = header.file.stat()
-    except FileNotFoundError as error:
-        mend = "put the file back and run the same command again: finished tensors are kept"
-        raise SuperposeError("the file is gone since the merge began", where=str(header.file), mend=mend) from error
-    return _reader(header.file, status.st_size, status.st_mtime_ns).read(header.name)
+def _tensor(source: Source) -> Tensor:
+    assert source.tensor is not None, "an update alone"
+    return source.tensor
 
 
-@lru_cache(maxsize=1024)
-def _reader(file: Path, size: int, changed: int) -> Reader:
-    """Open a file once; again if it was written anew."""
-    del size, changed
-    return formats()[file.suffix].open(file)
+def _fill(row: Tensor, source: Source, start: int, stop: int, base: Tensor, differs: bool) -> None:
+    """Write the entries start..stop of a task vector, or of the weights if `differs` is false, into a row."""
+    if source.tensor is not None:
+        row.copy_(source.tensor.reshape(-1)[start:stop])
+        if differs:
+            row -= base  # before the update is added: it is small beside them
+    elif differs:
+        row.zero_()
+    else:
+        row.copy_(base)
+    update = source.update.dense if source.update is not None else None
+    if update is not None:
+        row += update[start:stop]

@@ -108,9 +108,17 @@ class Rule(_Strict):
 
 
 class Output(_Strict):
-    """What the merged checkpoint looks like."""
+    """What comes out: a model, an adapter, or both; and what it looks like.
 
-    form: Literal["model"] = "model"
+    Of an adapter: `rank` or `energy` truncate the updates (neither keeps them exactly), `per_layer_rank` lets every
+    module have its own, and `rest` says what happens to what no low-rank update can hold (norms, biases, free vectors).
+    """
+
+    form: Literal["model", "adapter", "both"] = "model"
+    rank: Annotated[int | None, Field(ge=1)] = None
+    energy: Annotated[float | None, Field(gt=0, le=1)] = None
+    per_layer_rank: bool = False
+    rest: Literal["save", "drop", "refuse"] = "save"
     shard_size: Annotated[int, BeforeValidator(parse_bytes)] = 5 * 10**9
     tokenizer: Literal["base"] = "base"
 

@@ -25,12 +25,13 @@ class TensorRecord:
         dtype: of the output, as safetensors names it.
         shape: its dimensions.
         parts: number of maps a fused projection was split into, 1 for a single one.
-        sha256: of its bytes in the output.
+        sha256: of its bytes in the output; "" where an adapter holds its update alone.
         stats: what the method says of how it was found.
         measures: how well each task's features survived, if asked for.
         warnings: what the user should know.
         seconds: time it took.
         beside: tensors written beside it, with the sha256 of their bytes.
+        factors: the factors of its update in the adapter, with the sha256 of their bytes.
     """
 
     name: str
@@ -47,6 +48,7 @@ class TensorRecord:
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
     beside: Mapping[str, str] = field(default_factory=dict)
+    factors: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

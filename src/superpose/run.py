@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from superpose.adapter_folder import write_adapter
 from superpose.backends import Backend, make_backend
 from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.headers import TORCH_DTYPES
+from superpose.checkpoints.lora import Adapter
 from superpose.checkpoints.sidecars import copy_sidecars
-from superpose.checkpoints.writer import StreamWriter, as_bytes
+from superpose.checkpoints.writer import Layout, StreamWriter, as_bytes
 from superpose.decompositions import open_cache
 from superpose.elsewhere import MergeElsewhere, merge_elsewhere, with_inputs_checked
 from superpose.errors import SuperposeError, raise_all
@@ -28,9 +30,10 @@ from superpose.journal import Journal
 from superpose.merge_tensor import merge_item, survey_item
 from superpose.output_folder import locked, make_partial, publish, remove_strangers, settle_replaced
 from superpose.own_code import code_digest
-from superpose.parts import Context, close_readers, read_ahead
+from superpose.parts import Context
 from superpose.planning import Plan, WorkItem, check_output
 from superpose.plug_ins import plug_in_digest
+from superpose.reading import close_readers, read_ahead
 from superpose.records import RECORD_FILE, RunRecord, TensorRecord
 from superpose.registry import Cache, find_method
 from superpose.report.card import model_card
@@ -100,6 +103,8 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None, cache: Cach
             finished = journal.finished(plan.items, writer)
             records = _merge_all(plan, backend, journal, writer, finished, report or (lambda _: None), cache)
             writer.sync()
+        if plan.recipe.output.form != "model":
+            records = write_adapter(partial_folder, plan, records)
         record = _make_record(plan, output, records, backend, len(finished), time.perf_counter() - started)
         _write_sidecars(plan, partial_folder, record)
         raise_all(check_output(plan.base, plan.tuned, output, overwrite=plan.settings.overwrite))
@@ -155,7 +160,7 @@ def _merge_all(
     waiting = [item for item in plan.items if item.name not in finished]
     surveys = survey_all(plan.items, waiting, backend, context, report)
     waiting.sort(key=lambda item: (-item.memory, -item.flops, item.name))
-    sizes = {item.name: plan.layout.slots[item.name].nbytes for item in plan.items}
+    sizes = {item.name: _bytes_written(item, plan.layout) for item in plan.items}
     records = dict(finished)
     total = sum(sizes.values())
 
@@ -182,6 +187,11 @@ def _merge_all(
         records[record.name] = record
         tell()
     return [records[name] for name in sorted(records)]
+
+
+def _bytes_written(item: WorkItem, layout: Layout) -> int:
+    factors = (item.factors.down, item.factors.up) if item.factors is not None else ()
+    return sum(layout.slots[name].nbytes for name in (*item.names, *factors))
 
 
 def survey_all(
@@ -250,8 +260,10 @@ def device_of(name: str) -> str:
 
 
 def _write_sidecars(plan: Plan, folder: Path, record: RunRecord) -> None:
-    dtype = None if plan.recipe.dtype == "base" else next((i.dtype for i in plan.items if i.base.is_float), None)
-    copy_sidecars(plan.base.folder, plan.base.config, folder, dtype)
+    if plan.recipe.output.form == "adapter":
+        copy_sidecars(plan.base.folder, {}, folder, None)  # the tokenizer; a config.json would make it a model
+    else:
+        _write_model_config(plan, folder)
     index = plan.layout.index()
     if index is not None:
         (folder / INDEX_FILE).write_text(index, encoding="utf-8")
@@ -260,16 +272,33 @@ def _write_sidecars(plan: Plan, folder: Path, record: RunRecord) -> None:
     (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8", errors="backslashreplace")
 
 
+def _write_model_config(plan: Plan, folder: Path) -> None:
+    dtype = None if plan.recipe.dtype == "base" else next((i.dtype for i in plan.items if i.base.is_float), None)
+    copy_sidecars(plan.base.folder, plan.base.config, folder, dtype)
+
+
+def _truncation(records: Sequence[TensorRecord]) -> dict[str, float]:
+    """Return how far the adapter is from the merged update over all tensors, relative to the update's norm."""
+    found = [record.stats for record in records if record.factors]
+    if not found:
+        return {}
+    whole = sum(stats["update_norm"] ** 2 for stats in found)
+    lost = sum((stats["update_norm"] * stats["truncation_error"]) ** 2 for stats in found)
+    return {"truncation_error": (lost / whole) ** 0.5 if whole else 0.0}
+
+
 def _plug_ins(plan: Plan) -> dict[str, str]:
     """Return the digest of each plug-in whose method merged something."""
     used = {item.method: find_method(item.method).function.__module__ for item in plan.items if item.method}
     return {f"method {name}": digest for name, module in sorted(used.items()) if (digest := plug_in_digest(module))}
 
 
-def _place(checkpoint: Checkpoint) -> str:
+def _place(checkpoint: Checkpoint | Adapter) -> str:
     """Return where a checkpoint can be found from any folder."""
     if checkpoint.revision:
         return f"{checkpoint.name.partition('@')[0]}@{checkpoint.revision}"
+    if not checkpoint.folder and not checkpoint.files:
+        return checkpoint.name  # a base that was not opened
     return str((checkpoint.folder or checkpoint.files[0]).resolve())
 
 
@@ -311,5 +340,6 @@ def _make_record(
             "bytes_read": plan.bytes_read,
             "bytes_written": plan.layout.file_bytes,
             "seconds": round(seconds, 3),
+            **_truncation(records),
         },
     )

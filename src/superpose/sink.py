@@ -72,6 +72,8 @@ class Sink:
         return self._digest.hexdigest()
 
     def _put(self, cast: Tensor) -> None:
-        data = self._write(self._item.name, self._position, cast)
+        data = memoryview(b"")
+        for name in self._item.names:
+            data = self._write(name, self._position, cast)
         self._digest.update(data)
         self._position += len(data)

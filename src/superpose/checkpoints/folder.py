@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from superpose.checkpoints.adapted import files_of
 from superpose.checkpoints.files import formats, headers_of, read_json
 from superpose.checkpoints.headers import TensorHeader
 from superpose.checkpoints.hub import fetch_from_hub, looks_like_hub_id
@@ -15,8 +16,8 @@ from superpose.errors import SuperposeError, nearest
 
 # Most preferred first; a converted repository often holds both.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-ADAPTER_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Checkpoint:
         aliases: other names of the same memory -> the name in `tensors`.
         config: the content of config.json, empty if there is none.
         problems: what is wrong with its files.
+        is_there: whether its tensors can be read; adapters tell of a base that was not opened.
     """
 
     name: str
@@ -40,11 +42,35 @@ class Checkpoint:
     aliases: Mapping[str, str]
     config: Mapping[str, Any]
     problems: tuple[SuperposeError, ...]
+    is_there: bool = True
 
     @property
     def files(self) -> list[Path]:
         """The weight files, in order of name."""
-        return sorted({header.file for header in self.tensors.values()})
+        if not self.is_there:
+            return []
+        return sorted({file for header in self.tensors.values() for file in files_of(header)})
+
+
+def locate(location: str, *, where: str = "") -> tuple[Path, str]:
+    """Return the local place of what a user names, and the commit that a hub id resolved to ("" for local ones).
+
+    Args:
+        location: local folder or file, or a hub id `org/name[@revision]`.
+        where: who names it, for errors.
+
+    Returns:
+        Path and commit.
+
+    Raises:
+        SuperposeError: there is nothing of that name.
+    """
+    path = Path(location).expanduser()
+    if exists(path):
+        return path, ""
+    if not looks_like_hub_id(location):
+        raise _not_found(location, path, where)
+    return fetch_from_hub(location, _nearest_path(path))
 
 
 def open_checkpoint(location: str, *, where: str = "") -> Checkpoint:
@@ -60,11 +86,7 @@ def open_checkpoint(location: str, *, where: str = "") -> Checkpoint:
     Raises:
         SuperposeError: there is nothing of that name, or no weights in it.
     """
-    path, revision = Path(location).expanduser(), ""
-    if not _exists(path):
-        if not looks_like_hub_id(location):
-            raise _not_found(location, path, where)
-        path, revision = fetch_from_hub(location, _nearest_path(path))
+    path, revision = locate(location, where=where)
     if not path.is_dir():
         headers = headers_of(path)
         return Checkpoint(location, None, revision, headers.tensors, headers.aliases, {}, headers.problems)
@@ -91,12 +113,9 @@ def open_checkpoint(location: str, *, where: str = "") -> Checkpoint:
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path], list[SuperposeError]]:
     """Return the weight files of a folder, which tensors the index promises, and the problems."""
-    if (folder / ADAPTER_FILE).exists():
-        raise SuperposeError(
-            "an adapter, not a checkpoint: adapters cannot be merged yet",
-            where=str(folder / ADAPTER_FILE),
-            mend="fold the adapter into its base (peft's merge_and_unload) and give the folder that this saves",
-        )
+    if (folder / ADAPTER_CONFIG).exists():
+        mend = "name the model that the adapter changes: MODEL+ADAPTER"
+        raise SuperposeError("an adapter, not a checkpoint", where=str(folder / ADAPTER_CONFIG), mend=mend)
     for index, single in zip(INDEX_FILES, WEIGHT_FILES, strict=True):
         if (folder / index).exists():
             return _indexed_files(folder, folder / index)
@@ -150,7 +169,8 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], list[SuperposeError]]:
     return config, []
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether something of that name is there."""
     try:
         return path.exists()
     except OSError:  # a name that no file can have
@@ -164,6 +184,6 @@ def _not_found(location: str, path: Path, where: str) -> SuperposeError:
 
 def _nearest_path(path: Path) -> str:
     """Return which name in the path's folder comes nearest, "" where there is no such folder."""
-    if not _exists(path.parent) or not path.parent.is_dir():
+    if not exists(path.parent) or not path.parent.is_dir():
         return ""
     return nearest(path.name, [entry.name for entry in path.parent.iterdir()])

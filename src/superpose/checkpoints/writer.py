@@ -73,7 +73,7 @@ class Layout:
 
     def index(self) -> str | None:
         """Return the text of the index file, None for a single file."""
-        if len(self.files) == 1:
+        if len(self.files) <= 1:
             return None
         names = {file.name for file in self.files}
         weight_map = {name: slot.file for name, slot in sorted(self.slots.items()) if slot.file in names}

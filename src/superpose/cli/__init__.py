@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from superpose.allocator import keep_freed_memory
-from superpose.cli import compare, demo, inspect, merge, methods, plan, rebuild
+from superpose.cli import compare, demo, extract, inspect, merge, methods, plan, rebuild
 
 app = typer.Typer(
     name="superpose",
@@ -26,6 +26,7 @@ app.command("plan", context_settings=_PASS_THROUGH)(plan.plan)
 app.command("methods")(methods.methods)
 app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
+app.command("extract")(extract.extract)
 app.command("rebuild")(rebuild.rebuild)
 app.command("demo")(demo.demo)
 

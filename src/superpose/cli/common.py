@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,8 +19,10 @@ from superpose.errors import SuperposeError
 
 if TYPE_CHECKING:
     from superpose.recipe import Recipe
+    from superpose.records import RunRecord
 
 BAD_INPUT, INTERRUPTED = 2, 130
+MOST_WARNINGS = 10
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG, errno.ENAMETOOLONG)
 
 Models = Annotated[
@@ -38,6 +40,20 @@ Weights = Annotated[str | None, typer.Option(help="One weight per fine-tune, wit
 Dtype = Annotated[str | None, typer.Option(help="Dtype of the output: base, float32, bfloat16, ...")]
 Seed = Annotated[int | None, typer.Option(help="Seed of methods that draw random numbers.")]
 ShardSize = Annotated[str | None, typer.Option(help="Most bytes in a file, such as 5GB.")]
+Form = Annotated[str | None, typer.Option(help="What comes out: model (default), adapter, or both.")]
+AdapterRank = Annotated[
+    int | None, typer.Option(min=1, help="Most directions of every module in the adapter; without, updates are exact.")
+]
+AdapterEnergy = Annotated[
+    float | None, typer.Option(help="Share of every update's squared norm that the adapter keeps, such as 0.99.")
+]
+PerLayerRank = Annotated[
+    bool, typer.Option("--per-layer-rank", help="Every module its own rank; engines read one rank for all.")
+]
+Rest = Annotated[
+    str | None,
+    typer.Option(help="What no low-rank update holds (norms, biases): save it in the adapter, drop it, or refuse."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
 BackendName = Annotated[str, typer.Option("--backend", help="threads, serial or ray; the bytes are the same.")]
 RayAddress = Annotated[
@@ -66,7 +82,7 @@ def recipe_from(
     weights: str | None,
     dtype: str | None,
     seed: int | None,
-    shard_size: str | None,
+    output: Mapping[str, Any],
 ) -> Recipe:
     """Return the recipe that the command line describes; flags override what a recipe file says.
 
@@ -76,7 +92,7 @@ def recipe_from(
         weights: one number per fine-tune, with commas.
         dtype: of the output.
         seed: of methods that draw random numbers.
-        shard_size: most bytes in a file.
+        output: what comes out, as far as flags say.
 
     Returns:
         The recipe.
@@ -101,11 +117,46 @@ def recipe_from(
         content = {**content, "method": method, "options": {}}
     content["options"] = {**content.get("options", {}), **options}
     content |= {key: value for key, value in {"dtype": dtype, "seed": seed}.items() if value is not None}
-    if shard_size is not None:
-        content["output"] = {**content.get("output", {}), "shard_size": shard_size}
+    if output:
+        content["output"] = {**content.get("output", {}), **output}
     if weights is not None:
         content["models"] = _with_weights(content["models"], weights)
     return load_recipe(content)
+
+
+def output_from(
+    shard_size: str | None,
+    form: str | None,
+    rank: int | None,
+    energy: float | None,
+    per_layer_rank: bool,
+    rest: str | None,
+) -> dict[str, Any]:
+    """Return what flags say of the output, as the recipe's section has it.
+
+    Args:
+        shard_size: most bytes in a file.
+        form: "model", "adapter" or "both".
+        rank: most directions of an adapter's modules.
+        energy: share of the squared norm that is kept.
+        per_layer_rank: whether every module has its own rank.
+        rest: what happens to what no low-rank update holds.
+
+    Returns:
+        The section; keys that no flag is about are left out.
+    """
+    given = {"shard_size": shard_size, "form": form, "rank": rank, "energy": energy, "rest": rest}
+    said = {key: value for key, value in given.items() if value is not None}
+    return {**said, "per_layer_rank": True} if per_layer_rank else said
+
+
+def warn(record: RunRecord) -> None:
+    """Print a merge's warnings on stderr, the first of them if they are many."""
+    for warning in record.warnings[:MOST_WARNINGS]:
+        typer.echo(f"warning: {warning}", err=True)
+    if len(record.warnings) > MOST_WARNINGS:
+        more = len(record.warnings) - MOST_WARNINGS
+        typer.echo(f"warning: {more} more warnings are in {Path(record.output) / 'run.json'}", err=True)
 
 
 def scaling_factors(arguments: Sequence[str], output: Path) -> tuple[list[float], list[str]]:

@@ -1,4 +1,4 @@
-"""`superpose merge`: base and fine-tunes in, one model out."""
+"""`superpose merge`: base and fine-tunes or adapters in, one model or adapter out."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from superpose.cli import common
-from superpose.cli.common import exit_codes, recipe_from, scaling_factors, size
+from superpose.cli.common import exit_codes, output_from, recipe_from, scaling_factors, size, warn
 from superpose.cli.progress import progress
 
 if TYPE_CHECKING:
     from superpose.records import RunRecord
-
-MOST_WARNINGS = 10
 
 
 def merge(
@@ -26,6 +24,11 @@ def merge(
     dtype: common.Dtype = None,
     seed: common.Seed = None,
     shard_size: common.ShardSize = None,
+    form: common.Form = None,
+    adapter_rank: common.AdapterRank = None,
+    adapter_energy: common.AdapterEnergy = None,
+    per_layer_rank: common.PerLayerRank = False,
+    rest: common.Rest = None,
     device: common.Device = "cpu",
     backend: common.BackendName = "threads",
     ray_address: common.RayAddress = None,
@@ -39,7 +42,7 @@ def merge(
     quiet: common.Quiet = False,
     json: common.Json = False,
 ) -> None:
-    """Merge a base and its fine-tunes into one model.
+    """Merge a base and its fine-tunes (or adapters) into one model, or one adapter.
 
     Options of the method follow as --OPTION VALUE, such as --density 0.2; `superpose methods NAME` lists them.
     Interrupted or killed, the same command goes on where it was. Several values of --scaling-factor make an output
@@ -50,7 +53,8 @@ def merge(
         from superpose import api
 
         factors, models = scaling_factors(models, output)
-        recipe = recipe_from(models, method=method, weights=weights, dtype=dtype, seed=seed, shard_size=shard_size)
+        form_of_output = output_from(shard_size, form, adapter_rank, adapter_energy, per_layer_rank, rest)
+        recipe = recipe_from(models, method=method, weights=weights, dtype=dtype, seed=seed, output=form_of_output)
         settings = {
             "device": device, "backend": backend, "ray_address": ray_address, "workers": workers, "memory": memory,
             "cache": cache, "cache_size": cache_size, "split_tensors": split_tensors, "measure": measure,
@@ -62,7 +66,7 @@ def merge(
             else:
                 records = [api.merge(recipe, output, report=report, **settings)]
         for record in records:
-            _warn(record)
+            warn(record)
         if json:
             texts = [record.to_json().rstrip("\n") for record in records]
             typer.echo("[" + ",\n".join(texts) + "]" if factors else texts[0])
@@ -71,21 +75,22 @@ def merge(
             _report(record)
 
 
-def _warn(record: RunRecord) -> None:
-    for warning in record.warnings[:MOST_WARNINGS]:
-        typer.echo(f"warning: {warning}", err=True)
-    if len(record.warnings) > MOST_WARNINGS:
-        more = len(record.warnings) - MOST_WARNINGS
-        typer.echo(f"warning: {more} more warnings are in {Path(record.output) / 'run.json'}", err=True)
-
-
 def _report(record: RunRecord) -> None:
     totals = record.totals
     resumed = f", {totals['resumed']} of them from the run before" if totals["resumed"] else ""
     typer.echo(
         f"{record.output}: {totals['merged']} tensors merged{_by(record)}, {totals['copied']} copied{resumed};"
-        f" {size(totals['bytes_written'])} in {totals['seconds']:.1f} s"
+        f" {size(totals['bytes_written'])} in {totals['seconds']:.1f} s{_truncation(record)}"
     )
+
+
+def _truncation(record: RunRecord) -> str:
+    """Return what an adapter holds, and how far it is from the merged update."""
+    held = [tensor.stats["adapter_rank"] for tensor in record.tensors if tensor.factors]
+    if not held:
+        return ""
+    lost = record.totals["truncation_error"]
+    return f"; an adapter of rank {max(held)}" + (f", {lost:.2%} of the update's norm left out" if lost else "")
 
 
 def _by(record: RunRecord) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from superpose.cli import common
-from superpose.cli.common import exit_codes, print_table, recipe_from, size
+from superpose.cli.common import exit_codes, output_from, print_table, recipe_from, size
 
 if TYPE_CHECKING:
     from superpose.planning import Plan, WorkItem
@@ -26,6 +26,11 @@ def plan(
     dtype: common.Dtype = None,
     seed: common.Seed = None,
     shard_size: common.ShardSize = None,
+    form: common.Form = None,
+    adapter_rank: common.AdapterRank = None,
+    adapter_energy: common.AdapterEnergy = None,
+    per_layer_rank: common.PerLayerRank = False,
+    rest: common.Rest = None,
     device: common.Device = "cpu",
     backend: common.BackendName = "threads",
     ray_address: common.RayAddress = None,
@@ -45,7 +50,8 @@ def plan(
     with exit_codes():
         from superpose import api
 
-        recipe = recipe_from(models, method=method, weights=weights, dtype=dtype, seed=seed, shard_size=shard_size)
+        form_of_output = output_from(shard_size, form, adapter_rank, adapter_energy, per_layer_rank, rest)
+        recipe = recipe_from(models, method=method, weights=weights, dtype=dtype, seed=seed, output=form_of_output)
         made = api.plan(
             recipe,
             output,
@@ -87,6 +93,10 @@ def _print(made: Plan, every: bool) -> None:
 
 def _decision(item: WorkItem) -> tuple[str, ...]:
     what = f"{item.method} {_options(item)}".strip() if item.action == "merge" else f"copied: {item.why}"
+    if item.in_factors:
+        what += ", in factors"
+    if item.factors is not None:
+        what += f", to rank {item.factors.room}"
     if item.parts:
         what += f", split in {len(item.parts[1])}"
     dtype = item.dtype if item.dtype == item.base.dtype else f"{item.base.dtype} -> {item.dtype}"
@@ -101,6 +111,10 @@ def _options(item: WorkItem) -> str:
     return " ".join(f"{name}={value}" for name, value in chosen.items())
 
 
+def _written(item: WorkItem) -> tuple[str, ...]:
+    return (*item.names, *((item.factors.down, item.factors.up) if item.factors is not None else ()))
+
+
 def _as_json(made: Plan) -> dict[str, Any]:
     items = [
         {
@@ -113,7 +127,9 @@ def _as_json(made: Plan) -> dict[str, Any]:
             "options": asdict(item.options) if item.options is not None else None,
             "shape": item.shape,
             "dtype": item.dtype,
-            "file": made.layout.slots[item.name].file,
+            "file": made.layout.slots[_written(item)[0]].file,
+            "in_factors": item.in_factors,
+            "rank": item.factors.room if item.factors is not None else None,
             "memory": item.memory,
         }
         for item in made.items

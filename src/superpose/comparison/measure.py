@@ -132,7 +132,9 @@ def _sums(part: Part) -> Sums:
         stop = start + chunk.shape[1]
         exact, signs = chunk.double(), chunk.sign()
         stored = part.base.reshape(-1)[start:stop].bfloat16()
-        lost = [(tuned.reshape(-1)[start:stop].bfloat16() == stored).sum().item() for tuned in part.tuned]
+        lost = [
+            (part.weights(task, row, start, stop).bfloat16() == stored).sum().item() for task, row in enumerate(chunk)
+        ]
         present = signs.abs()
         shared, agreement = present @ present.T, signs @ signs.T  # whole numbers below 2^24: exact
         total += Sums(

@@ -12,6 +12,7 @@ import torch
 
 from superpose.backends import make_backend
 from superpose.checkpoints.folder import Checkpoint
+from superpose.checkpoints.lora import Adapter
 from superpose.checkpoints.writer import Layout
 from superpose.errors import SuperposeError
 from superpose.kinds import Kind
@@ -25,7 +26,7 @@ LONGEST_NAME = 230
 
 
 def check_output(
-    base: Checkpoint, tuned: Sequence[Checkpoint], output: Path, *, overwrite: bool
+    base: Checkpoint, tuned: Sequence[Checkpoint | Adapter], output: Path, *, overwrite: bool
 ) -> list[SuperposeError]:
     """Return what forbids an output of this name: it exists, or an input would be overwritten."""
     place, mend = output.resolve(), "choose another name for the output"
@@ -112,7 +113,7 @@ def check_rules(rules: Sequence[Rule], kinds: Mapping[str, tuple[Kind, str]]) ->
     ]
 
 
-def unused_rules(rules: Sequence[Rule], checkpoints: Sequence[Checkpoint]) -> list[str]:
+def unused_rules(rules: Sequence[Rule], checkpoints: Sequence[Checkpoint | Adapter]) -> list[str]:
     """Return a note for each rule whose pattern matches no tensor of any checkpoint."""
     names = {name for checkpoint in checkpoints for name in checkpoint.tensors}
     return [

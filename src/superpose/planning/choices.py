@@ -22,13 +22,15 @@ class ChosenMethods:
     Args:
         recipe: what was asked for.
         problems: what is wrong is added to it.
+        only_adapters: whether all models are adapters, for which some methods have other defaults.
     """
 
-    def __init__(self, recipe: Recipe, problems: list[SuperposeError]) -> None:
+    def __init__(self, recipe: Recipe, problems: list[SuperposeError], *, only_adapters: bool = False) -> None:
         self._found: dict[int | None, tuple[Method, Any]] = {}
         self._problems = problems
         weighted = any(entry.weight != 1 for entry in recipe.models)
         self._models = len(recipe.models)
+        self._only_adapters = only_adapters
         self.notes: list[str] = []
         for number, rule in enumerate([None, *recipe.rules]):
             if rule is not None and not (rule.method or rule.options):
@@ -56,6 +58,10 @@ class ChosenMethods:
         except SuperposeError as problem:
             self._problems.append(problem)
             return
+        if self._only_adapters and (others := {k: v for k, v in method.for_adapters.items() if k not in given}):
+            given = {**others, **given}
+            said = ", ".join(f"{key} {value:g}" for key, value in others.items())
+            self.notes.append(f"all models are adapters: {method.name} takes {said} where nothing is said")
         options, problems = build_options(method.options, given, where=where, owner=f"method {name}")
         self._problems += problems
         if method.needs:

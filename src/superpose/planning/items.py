@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from superpose.checkpoints.adapted import AdaptedTensor, files_of, identity
 from superpose.checkpoints.architecture import Architecture
 from superpose.checkpoints.files import fingerprint
 from superpose.checkpoints.headers import DTYPE_NAMES, TensorHeader
@@ -58,6 +59,41 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class FactorOutput:
+    """Where a tensor's update goes in an adapter, as two factors.
+
+    Args:
+        down: name of A in the adapter.
+        up: name of B.
+        transposed: whether the weight is stored in x out, so that the adapter holds the transposed update.
+        kernel: sizes of a convolution's kernel, with which A ends.
+        room: rank that there is room for.
+        dtype: of the factors, as safetensors names it.
+        rank: most directions kept; None for no limit.
+        energy: share of the update's squared norm that the directions kept hold; 1 keeps all.
+    """
+
+    down: str
+    up: str
+    transposed: bool
+    kernel: tuple[int, ...]
+    room: int
+    dtype: str = "F32"
+    rank: int | None = None
+    energy: float = 1.0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether directions can be left out."""
+        return self.rank is not None or self.energy < 1
+
+    def shapes(self, size: tuple[int, int], rank: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B for an update of size out x in (kernels flattened)."""
+        width = self.room if rank is None else rank
+        return (width, size[1] // prod(self.kernel), *self.kernel), (size[0], width, *(1 for _ in self.kernel))
+
+
+@dataclass(frozen=True)
 class WorkItem:
     """One tensor of the output: where it comes from, what happens to it, where it goes.
 
@@ -75,6 +111,10 @@ class WorkItem:
         base: the base's tensor.
         tuned: the tuned models' tensors, in the recipe's order; None where one does not have it.
         parts: axis and sizes of the maps that a fused projection is split into.
+        names: under which the tensor is written; none where an adapter holds its update alone.
+        factors: where its update goes in an adapter, if it goes there.
+        in_factors: whether task matrices stay low-rank updates all the way.
+        reads_base: whether the base's tensor is read.
         memory: bytes in flight while it is worked on.
         flops: floating point operations.
         key: digest of everything that its bytes depend on.
@@ -93,6 +133,10 @@ class WorkItem:
     base: TensorHeader
     tuned: tuple[TensorHeader | None, ...]
     parts: tuple[int, tuple[int, ...]] | None
+    names: tuple[str, ...] = ()
+    factors: FactorOutput | None = None
+    in_factors: bool = False
+    reads_base: bool = True
     memory: int = 0
     flops: float = 0.0
     key: str = ""
@@ -109,8 +153,16 @@ class WorkItem:
         return beside(self.name, self.numel, len(self.tuned)) if beside is not None else ()
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Rows out and columns in of its update, kernels flattened."""
+        flat = self.shape[0], prod(self.shape[1:])
+        return (flat[1], flat[0]) if self.factors is not None and self.factors.transposed else flat
+
+    @property
     def streams(self) -> bool:
         """Whether it can be merged piece by piece."""
+        if self.factors is not None or self.in_factors:
+            return False
         return self.action == "copy" or not find_method(self.method).sees_whole(self.kind)
 
 
@@ -178,6 +230,7 @@ def make_item(
         base=header,
         tuned=sources,
         parts=parts if method_name else None,
+        names=(header.name,),
     )
 
 
@@ -196,6 +249,8 @@ def with_cost(item: WorkItem, settings: Settings) -> WorkItem:
     tasks, wide = len(item.tuned), item.compute.itemsize
     if item.action == "copy":
         return replace(item, memory=min(item.base.nbytes, CHUNK * 8), flops=float(item.numel))
+    if item.in_factors:
+        return _cost_in_factors(item, measures=settings.measure and item.kind in MATRIX_KINDS)
     method = find_method(item.method)
     measures = settings.measure and item.kind in MATRIX_KINDS
     counts = method.survey.memory(tasks, item.compute) if method.survey else 0
@@ -214,7 +269,23 @@ def with_cost(item: WorkItem, settings: Settings) -> WorkItem:
         memory += sum(header.nbytes for header in (item.base, *item.tuned) if header) + 3 * wide * item.numel
     if measures:
         memory += 8 * share * (tasks + 3)
+    memory += wide * item.numel * sum(isinstance(header, AdaptedTensor) for header in item.tuned)  # updates written out
+    if item.factors is not None:  # what is merged, kept until it is decomposed, in float64 with its Gram matrix
+        memory += 20 * item.numel + 32 * min(item.size) ** 2
     return replace(item, memory=memory, flops=cost.flops * (len(item.parts[1]) if item.parts else 1))
+
+
+def _cost_in_factors(item: WorkItem, *, measures: bool) -> WorkItem:
+    """Return the item with what it takes where task matrices stay factors: thin matrices, a system of their ranks."""
+    ranks = [header.rank for header in item.tuned if isinstance(header, AdaptedTensor)]
+    rank, (out, in_) = max(1, sum(ranks)), item.size
+    memory = 8 * (6 * rank * (out + in_) + 8 * rank**2)
+    survey = find_method(item.method).survey
+    if survey is not None:  # aligned entries of every task, in the basis that all share
+        memory += survey.memory(len(ranks), item.compute) + 8 * len(ranks) * rank * in_
+    if item.names or measures:  # the update written out, and the base
+        memory += 3 * item.compute.itemsize * item.numel
+    return replace(item, memory=memory, flops=4.0 * rank**2 * (out + in_) + 40.0 * rank**3)
 
 
 def _part_shape(item: WorkItem) -> tuple[int, ...]:
@@ -228,7 +299,7 @@ def with_keys(
     items: Sequence[WorkItem], recipe: Recipe, weights: Sequence[float], settings: Settings
 ) -> list[WorkItem]:
     """Name each item by everything that its bytes depend on, so that a restart knows what is done."""
-    files = {header.file for item in items for header in (item.base, *item.tuned) if header}
+    files = {file for item in items for header in sources_of(item) for file in files_of(header)}
     prints = {file: fingerprint(file) for file in files}
     common = [
         code_digest(), torch.__version__, settings.device, settings.measure, recipe.seed,
@@ -236,7 +307,7 @@ def with_keys(
     ]  # fmt: skip
 
     def sources(item: WorkItem) -> list[Any]:
-        return [(prints[header.file], header.name) if header else None for header in (item.base, *item.tuned)]
+        return [identity(header, prints) for header in sources_of(item)]
 
     surveyed: dict[tuple[str, Any], str] = {}
     for item in items:
@@ -250,12 +321,18 @@ def with_keys(
             key=_digest(
                 [common, item.name, item.kind, item.action, item.method, item.options and asdict(item.options),
                  item.method and plug_in_digest(find_method(item.method).function.__module__),
-                 item.dtype, str(item.compute), item.parts, sources(item),
+                 item.dtype, str(item.compute), item.parts, sources(item), item.names, item.in_factors,
+                 item.factors and asdict(item.factors),
                  surveyed.get((item.method, item.options))]
             ),
         )
         for item in items
     ]  # fmt: skip
+
+
+def sources_of(item: WorkItem) -> tuple[TensorHeader | None, ...]:
+    """Return the tensors that an item reads: the base's, if it does, and each tuned model's."""
+    return (item.base if item.reads_base else None, *item.tuned)
 
 
 def _digest(content: Any) -> str:

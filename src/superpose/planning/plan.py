@@ -12,16 +12,35 @@ from torch import Tensor
 
 from superpose.backends import make_backend
 from superpose.checkpoints.architecture import Architecture, read_architecture
-from superpose.checkpoints.compare import align
-from superpose.checkpoints.folder import Checkpoint, open_checkpoint
+from superpose.checkpoints.compare import Alignment, align
+from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.headers import DTYPE_NAMES, TORCH_DTYPES, TensorHeader, TensorInMemory
+from superpose.checkpoints.lora import Adapter
+from superpose.checkpoints.models import base_of_adapters, open_base, open_model
 from superpose.checkpoints.names import kind_of
 from superpose.checkpoints.writer import Layout, lay_out, lay_out_beside
 from superpose.errors import SuperposeError, nearest, raise_all
 from superpose.kinds import Kind
+from superpose.planning.adapters import (
+    align_adapter,
+    as_adapter,
+    factor_space_problems,
+    lay_out_adapter,
+    needs_base,
+    with_factors,
+    with_tied_names,
+)
 from superpose.planning.checks import check_backend, check_device, check_output, check_room, check_rules, unused_rules
 from superpose.planning.choices import ChosenMethods, choose_kinds, is_dropped, is_kept
-from superpose.planning.items import Settings, WorkItem, make_item, with_common_dtype, with_cost, with_keys
+from superpose.planning.items import (
+    Settings,
+    WorkItem,
+    make_item,
+    sources_of,
+    with_common_dtype,
+    with_cost,
+    with_keys,
+)
 from superpose.recipe import Recipe
 from superpose.registry import find_method
 
@@ -48,7 +67,7 @@ class Plan:
     recipe: Recipe
     settings: Settings
     base: Checkpoint
-    tuned: tuple[Checkpoint, ...]
+    tuned: tuple[Checkpoint | Adapter, ...]
     items: tuple[WorkItem, ...]
     layout: Layout
     weights: tuple[float, ...]
@@ -58,7 +77,7 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of all tensors that are read once."""
-        headers = [header for item in self.items for header in (item.base, *item.tuned) if header]
+        headers = [header for item in self.items for header in sources_of(item) if header]
         return sum(header.nbytes for header in headers)
 
     @property
@@ -67,7 +86,7 @@ class Plan:
         total = 0
         for item in self.items:
             if item.action == "merge":
-                headers = [header for header in (item.base, *item.tuned) if header]
+                headers = [header for header in sources_of(item) if header]
                 times = find_method(item.method).reads(item.options, item.compute)
                 total += times * sum(header.nbytes for header in headers)
         return total
@@ -107,8 +126,9 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     problems: list[SuperposeError] = []
     problems += check_device(settings)
     problems += check_backend(settings)
-    chosen = ChosenMethods(recipe, problems)
     base, tuned = _open_all(recipe, problems)
+    adapters = [model for model in tuned if isinstance(model, Adapter)]
+    chosen = ChosenMethods(recipe, problems, only_adapters=len(adapters) == len(recipe.models))
     if base is not None and output is not None:
         problems += check_output(base, tuned, output, overwrite=settings.overwrite)
     if base is None:
@@ -117,6 +137,12 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     architecture = read_architecture(base.folder, base.config, len(base.tensors))
     kinds = choose_kinds(base, architecture, recipe.rules, problems)
     tied = {**architecture.tied, **base.aliases}
+    if recipe.output.form == "adapter":
+        base = with_tied_names(base, adapters, tied)
+        untold = {name: header for name, header in base.tensors.items() if name not in kinds}
+        kinds |= {
+            name: (kind_of(name, header.shape, is_float=header.is_float), "name") for name, header in untold.items()
+        }
     notes = [f"kinds are told by names and shapes: {architecture.reason}"] if architecture.reason else []
     names = sorted(base.tensors)
     if not names and not base.problems:
@@ -124,10 +150,11 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
         problems.append(SuperposeError("the base holds no tensors", where=base.name, mend=mend))
     problems += check_rules(recipe.rules, kinds)
     notes += unused_rules(recipe.rules, [base, *tuned])
+    notes += _bases(tuned)
     wanted = {name: kinds[name][0] for name in names if not is_kept(name, kinds[name][0], recipe.rules)}
     alignments = []
     for checkpoint in tuned:
-        found = align(base, checkpoint, wanted, tied=tied, dropped=lambda name: is_dropped(name, recipe.rules))
+        found = _align(base, checkpoint, wanted, tied, recipe)
         alignments.append(found.sources)
         problems += found.problems
         notes += found.notes
@@ -138,12 +165,19 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
         header, (kind, kind_from) = base.tensors[name], kinds[name]
         sources = tuple(found.get(name) for found in alignments)
         items.append(make_item(header, kind, kind_from, sources, recipe, chosen, architecture))
+    items = [with_factors(item) for item in items]
+    raise_all(factor_space_problems(items))
+    items, problems, left_out = as_adapter(items, recipe, base, tuned)
+    raise_all(problems)
     items = [with_cost(item, settings) for item in with_common_dtype(items)]
     items = with_keys(items, recipe, weights, settings)
-    layout = lay_out([(item.name, item.dtype, item.shape) for item in items], recipe.output.shard_size)
+    layout = Layout((), {})
+    if recipe.output.form != "adapter":
+        layout = lay_out([(item.name, item.dtype, item.shape) for item in items], recipe.output.shard_size)
+    layout = lay_out_adapter(layout, items, recipe.output)
     layout = lay_out_beside(layout, MASKS_FILE, [tensor for item in items for tensor in item.beside])
     raise_all(check_room(layout, output))
-    notes += [*dict.fromkeys(chosen.notes), *_notes(items, base, settings)]
+    notes += [*dict.fromkeys(chosen.notes), *left_out, *_notes(items, base, settings)]
     return Plan(recipe, settings, base, tuple(tuned), tuple(items), layout, weights, chosen.of(None)[1], tuple(notes))
 
 
@@ -226,22 +260,47 @@ def shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return aliases
 
 
-def _open_all(recipe: Recipe, problems: list[SuperposeError]) -> tuple[Checkpoint | None, list[Checkpoint]]:
-    opened: list[Checkpoint | None] = []
-    for place, location in [("base", recipe.base), *((f"model {e.path}", e.path) for e in recipe.models)]:
+def _open_all(recipe: Recipe, problems: list[SuperposeError]) -> tuple[Checkpoint | None, list[Checkpoint | Adapter]]:
+    opened: list[Checkpoint | Adapter | None] = []
+    found: list[list[SuperposeError]] = []
+    places = [*((f"model {entry.path}", entry.path) for entry in recipe.models), ("base", recipe.base)]
+    for place, location in places:
+        found.append([])
         try:
-            checkpoint = open_checkpoint(location, where=place)
+            if place == "base" and not needs_base(opened, location, recipe.output.form):
+                opened.append(base_of_adapters([model for model in opened if isinstance(model, Adapter)], location))
+                continue
+            checkpoint = open_base(location) if place == "base" else open_model(location, where=place)
         except SuperposeError as problem:
-            problems.append(problem)
+            found[-1].append(problem)
             opened.append(None)
             continue
-        problems += checkpoint.problems
-        if checkpoint.config.get("quantization_config"):
+        found[-1] += checkpoint.problems
+        if isinstance(checkpoint, Checkpoint) and checkpoint.config.get("quantization_config"):
             mend = "merge the unquantised weights and quantise the result"
             where = f"{checkpoint.folder}/config.json"
-            problems.append(SuperposeError("the checkpoint is quantised", where=where, mend=mend))
+            found[-1].append(SuperposeError("the checkpoint is quantised", where=where, mend=mend))
         opened.append(checkpoint)
-    return opened[0], [checkpoint for checkpoint in opened[1:] if checkpoint is not None]
+    problems += [problem for of_one in (found[-1], *found[:-1]) for problem in of_one]
+    *tuned, base = opened
+    return base if isinstance(base, Checkpoint) else None, [model for model in tuned if model is not None]
+
+
+def _align(
+    base: Checkpoint, model: Checkpoint | Adapter, wanted: Mapping[str, Kind], tied: Mapping[str, str], recipe: Recipe
+) -> Alignment:
+    def dropped(name: str) -> bool:
+        return is_dropped(name, recipe.rules)
+
+    if isinstance(model, Adapter):
+        return align_adapter(base, model, wanted, tied=tied, dropped=dropped)
+    return align(base, model, wanted, tied=tied, dropped=dropped)
+
+
+def _bases(models: Sequence[Checkpoint | Adapter]) -> list[str]:
+    """Return a note where adapters name different bases."""
+    named = sorted({model.base for model in models if isinstance(model, Adapter) and model.base})
+    return [f"the adapters name different bases: {', '.join(named)}"] if len(named) > 1 else []
 
 
 def _widest(item: WorkItem) -> str:

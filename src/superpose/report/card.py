@@ -30,7 +30,10 @@ def model_card(record: RunRecord, config: Mapping[str, Any]) -> str:
     ids = [source["path"].partition("@")[0] for source in record.sources if source["revision"]]
     header: dict[str, Any] = {"base_model": ids} if ids else {}
     header |= {"base_model_relation": "merge", "tags": ["merge", "superpose"]}
-    if "model_type" in config:
+    form = recipe.get("output", {}).get("form", "model")
+    if form == "adapter":
+        header |= {"library_name": "peft", "tags": ["lora", *header["tags"]]}
+    elif "model_type" in config:
         header["library_name"] = "transformers"
     kinds = Counter((tensor.kind, tensor.method or "copied from the base") for tensor in record.tensors)
     rows = [f"| {kind} | {method} | {count} |" for (kind, method), count in sorted(kinds.items())]
@@ -43,6 +46,8 @@ def model_card(record: RunRecord, config: Mapping[str, Any]) -> str:
         "## What was done\n\n| kind | method | tensors |\n|---|---|---|\n" + "\n".join(rows),
         "## Recipe\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False).strip() + "\n```",
     ]
+    if form != "model":
+        sections.append(_adapter_section(record, form))
     if any(tensor.beside for tensor in record.tensors):
         names = ", ".join(f"`{source['name']}`" for source in record.sources[1:])
         sections.append(
@@ -56,6 +61,15 @@ def model_card(record: RunRecord, config: Mapping[str, Any]) -> str:
         sections.append("## Warnings\n\n" + "\n".join(shown))
     sections.append("Every tensor's kind, method, numbers and digest are in `run.json`.")
     return "\n\n".join(sections) + "\n"
+
+
+def _adapter_section(record: RunRecord, form: str) -> str:
+    ranks = [tensor.stats["adapter_rank"] for tensor in record.tensors if tensor.factors]
+    lost = record.totals.get("truncation_error", 0.0)
+    held = f"{len(ranks)} updates of rank {max(ranks, default=0)} at most"
+    place = "`adapter/` holds" if form == "both" else "It holds"
+    exact = f"{lost:.2%} of their norm is left out" if lost else "nothing of them is left out"
+    return f"## Adapter\n\n{place} {held}; {exact}. PEFT loads it onto the base."
 
 
 def _link(source: Mapping[str, Any]) -> str:
