@@ -107,3 +107,21 @@ def loralib(folder: Path, tensors: Mapping[str, Tensor], **config: object) -> Pa
     save_file(dict(tensors), folder / "checkpoint.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def named(folder: Path, model: object) -> Path:
+    """Save any model of transformers."""
+    model.save_pretrained(folder)
+    return folder
+
+
+def noisy(folder: Path, model: object, size: float = 0.05) -> Path:
+    """Save a fine-tune of a model: noise on all of its parameters. The model itself stays as it is."""
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator("noisy", name)) * size)
+        model.save_pretrained(folder)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(kept[name])
+    return folder

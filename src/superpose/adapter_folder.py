@@ -53,12 +53,12 @@ def adapter_config(plan: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
     """
     adapters = [model for model in plan.tuned if isinstance(model, Adapter)]
     rank = max(ranks.values(), default=1)
-    paths = {name: name.removesuffix(".weight") for name in ranks}
+    paths = {name: plan.spelling[name].removesuffix(".weight") for name in ranks}
     # A pattern is matched from anywhere in a path: anchored, it is that of one module.
     own = {"^" + _escaped(paths[name]): width for name, width in sorted(ranks.items()) if width != rank}
-    saved = sorted(
-        {name.removeprefix(PREFIX).rpartition(".")[0] for item in plan.items for name in item.names if PREFIX in name}
-    )
+    whole = {name.removeprefix(PREFIX) for item in plan.items for name in item.names if name.startswith(PREFIX)}
+    biases = {name for name in whole if name.endswith(".bias") and f"{name.removesuffix('bias')}weight" not in whole}
+    saved = sorted({name.rpartition(".")[0] for name in whole - biases})
     transposed = any(
         item.factors.transposed and "lora_embedding" not in item.factors.down
         for item in plan.items
@@ -76,7 +76,7 @@ def adapter_config(plan: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
         "alpha_pattern": own,
         "modules_to_save": saved or None,
         "fan_in_fan_out": transposed,
-        "bias": "none",
+        "bias": "all" if biases else "none",
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
@@ -84,15 +84,27 @@ def adapter_config(plan: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _targets(plan: Plan, paths: Sequence[str]) -> list[str]:
-    """Return the modules by the last parts of their names where that means no others, else by all of them."""
+def _targets(plan: Plan, paths: Sequence[str]) -> list[str] | str:
+    """Return the modules by the last parts of their names where that means no others, else by the whole of them.
+
+    PEFT takes a name for every module whose path ends in it: where one path ends another, a pattern tells them apart.
+    """
     ends = {path.rpartition(".")[2] for path in paths}
-    if plan.base.is_there:
-        others = {name.removesuffix(".weight") for name in plan.base.tensors if name.endswith(".weight")} - set(paths)
-        clear = not any(other.rpartition(".")[2] in ends for other in others)
-    else:
-        clear = all(not end.isdigit() for end in ends)
-    return sorted(ends) if clear else list(paths)
+    modules = {module for name in plan.spelling.values() for module in _containers(name)}
+    others = modules - set(paths)
+    if plan.base.is_there and not any(other.rpartition(".")[2] in ends for other in others):
+        return sorted(ends)
+    if not plan.base.is_there and not any(end.isdigit() for end in ends):
+        return sorted(ends)
+    if any(other.endswith(f".{path}") for other in modules for path in paths):
+        return "|".join(map(_escaped, paths))
+    return list(paths)
+
+
+def _containers(name: str) -> list[str]:
+    """Return the module that a tensor is of, and all that hold it."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:stop]) for stop in range(1, len(parts) + 1)]
 
 
 def _cut(

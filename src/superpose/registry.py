@@ -230,6 +230,7 @@ class Method:
     beside: Callable[[str, int, int], Sequence[tuple[str, str, tuple[int, ...]]]] | None
     factored: Factored | None
     for_adapters: Mapping[str, Any]
+    needs_base: Callable[[Any], bool] | None
     wants: frozenset[str]
 
     @property
@@ -249,6 +250,12 @@ class Method:
     def holds(self, law: str, kind: Kind) -> bool:
         """Whether a law holds for tensors of a kind."""
         return law not in self.breaks or kind not in self.breaks[law].kinds
+
+    def reads_base(self, options: Any) -> bool:
+        """Whether it reads the base's weights, beside what task vectors tell."""
+        if self.acts_on == "weights" or self.beside is not None:
+            return True
+        return "base" in self.wants and (self.needs_base is None or self.needs_base(options))
 
     def sees_whole(self, kind: Kind) -> bool:
         """Whether a tensor of this kind has to be in memory as a whole."""
@@ -288,6 +295,7 @@ def merge_method(
     beside: Callable[[str, int, int], Sequence[tuple[str, str, tuple[int, ...]]]] | None = None,
     factored: Factored | None = None,
     for_adapters: Mapping[str, Any] | None = None,
+    needs_base: Callable[[Any], bool] | None = None,
 ) -> Callable:
     """Return a decorator that registers a merge method and leaves the function as it is.
 
@@ -311,6 +319,7 @@ def merge_method(
             tensor that is written beside the merged one, in `tasks/`.
         factored: how it merges low-rank updates in factors, if it can.
         for_adapters: defaults of options where all models are adapters.
+        needs_base: (options) -> whether it reads the `base` that it asks for; always, when not given.
 
     Returns:
         The decorator.
@@ -332,7 +341,7 @@ def merge_method(
         _METHODS[name] = Method(
             name, function, options, source, acts_on, frozenset(whole_for), survey, cost,
             breaches, frozenset(needs), models, _plain(options) if plain is None else plain,
-            notes, beside, factored, for_adapters or {}, wants,
+            notes, beside, factored, for_adapters or {}, needs_base, wants,
         )  # fmt: skip
         return function
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from superpose.adapter_folder import write_adapter
 from superpose.backends import Backend, make_backend
+from superpose.checkpoints.adapted import AdaptedTensor
 from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.headers import TORCH_DTYPES
 from superpose.checkpoints.lora import Adapter
@@ -295,6 +296,8 @@ def _plug_ins(plan: Plan) -> dict[str, str]:
 
 def _place(checkpoint: Checkpoint | Adapter) -> str:
     """Return where a checkpoint can be found from any folder."""
+    if "+" in checkpoint.name and any(isinstance(header, AdaptedTensor) for header in checkpoint.tensors.values()):
+        return checkpoint.name  # MODEL+ADAPTER: two places
     if checkpoint.revision:
         return f"{checkpoint.name.partition('@')[0]}@{checkpoint.revision}"
     if not checkpoint.folder and not checkpoint.files:

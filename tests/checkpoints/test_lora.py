@@ -115,6 +115,11 @@ def pair(module="base_model.model.linear", rank=2):
         (pair(), {"lora_alpha": "four"}, "does not say r and lora_alpha"),
         (pair(), {"rank_pattern": [2]}, "no mapping of patterns"),
         (pair(), {"alpha_pattern": {"(": 2}}, "no mapping of patterns"),
+        (pair(), {"lora_alpha": 10**400}, "does not say r and lora_alpha"),
+        (pair(), {"alpha_pattern": {"(.*.*.*.*x)": 1}}, "no mapping of patterns"),
+        (pair(), {"alpha_pattern": {"a" * 201: 1}}, "no mapping of patterns"),
+        (pair(), {"use_dora": True}, "has no lora_magnitude_vector"),
+        ({**pair(), "base_model.model.linear.lora_magnitude_vector": torch.ones(4)}, {}, "4 magnitudes for 5 rows"),
         (pair(), {"peft_type": "LOHA"}, "of type LOHA"),
         (pair(), {"use_qalora": True}, "use_qalora"),
         (pair(), {"init_lora_weights": "PiSSA_niter_4"}, "changes the base"),
@@ -124,6 +129,24 @@ def test_what_is_wrong_is_told(tensors, config, message, tmp_path):
     found = write(tmp_path / "adapter", tensors, **config)
     assert [problem for problem in found.problems if message in problem.what], found.problems
     assert all(problem.mend and problem.where for problem in found.problems)
+
+
+def test_a_bias_of_another_length_is_refused(tmp_path):
+    save_net(tmp_path / "net")
+    write(tmp_path / "adapter", {**pair(), "base_model.model.linear.lora_B.bias": torch.ones(1)})
+    recipe = {"base": tmp_path / "net", "models": [{"path": tmp_path / "adapter"}], **ONE}
+    with pytest.raises(SuperposeError, match=r"shape \[1\], the base's bias has \[5\]"):
+        superpose.merge(recipe, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_grouped_convolution_is_refused(tmp_path):
+    net = save_net(tmp_path / "net")
+    net.conv = nn.Conv2d(4, 8, 3, groups=2)
+    net_adapter = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["conv"]))
+    net_adapter.save_pretrained(tmp_path / "adapter")
+    found = open_adapter(tmp_path / "adapter", "one")
+    assert "grouped convolution" in found.problems[0].what
 
 
 def test_broken_files(tmp_path):

@@ -30,12 +30,22 @@ class Architecture:
         groups: names of grouped convolutions' weights, to their number of groups.
         tied: names that share another tensor's memory, to that tensor's name.
         reason: why nothing is known, "" when something is.
+        paths: tensor name, as in the files, to its name in the model, where that is another.
+        body: prefix of the body's names in the model, which files of a body saved alone lack.
     """
 
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     groups: Mapping[str, int] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
+    paths: Mapping[str, str] = field(default_factory=dict)
+    body: str = ""
+
+    def path(self, name: str) -> str:
+        """Return a tensor's name in the model, which is what adapters call it, given that in the files."""
+        if self.body and name not in self.kinds and f"{self.body}.{name}" in self.kinds:
+            name = f"{self.body}.{name}"
+        return self.paths.get(name, name)
 
 
 def read_architecture(folder: Path | None, config: Mapping[str, Any], tensors: int | None = None) -> Architecture:
@@ -87,7 +97,8 @@ def _recalled(content: Any) -> Architecture | None:
     try:
         kinds = {str(name): Kind(kind) for name, kind in content["kinds"].items()}
         groups = {str(name): int(count) for name, count in content["groups"].items()}
-        return Architecture(kinds, groups, {str(name): str(other) for name, other in content["tied"].items()})
+        tied, paths = ({str(name): str(to) for name, to in content[key].items()} for key in ("tied", "paths"))
+        return Architecture(kinds, groups, tied, paths=paths, body=str(content["body"]))
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return None
 
@@ -113,11 +124,15 @@ def _read_modules(model: nn.Module) -> Architecture:
         names.setdefault(id(tensor), []).append(name)
     kinds: dict[str, Kind] = {}
     groups: dict[str, int] = {}
+    paths: dict[str, str] = {}
     heads = _head_modules(model)
-    for module in model.modules():
+    for place, module in model.named_modules():
         for parameter_name, tensor in module.named_parameters(recurse=False):
             kind = _kind(module, parameter_name, tensor, module in heads)
-            for name in names.get(id(tensor), ()):
+            own = f"{place}.{parameter_name}" if place else parameter_name
+            told = names.get(id(tensor), ())
+            paths |= {name: own for name in told[:1] if own not in told}
+            for name in told:
                 if kind is not None:
                     kinds.setdefault(name, kind)
                 if kind is Kind.CONV and parameter_name == "weight" and getattr(module, "groups", 1) > 1:
@@ -126,7 +141,8 @@ def _read_modules(model: nn.Module) -> Architecture:
             for name in names.get(id(tensor), ()):
                 kinds[name] = Kind.BUFFER
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return Architecture(kinds, groups, dict(tied) if isinstance(tied, Mapping) else {})
+    body = str(getattr(model, "base_model_prefix", ""))
+    return Architecture(kinds, groups, dict(tied) if isinstance(tied, Mapping) else {}, paths=paths, body=body)
 
 
 def _kind(module: nn.Module, parameter: str, tensor: Any, is_head: bool) -> Kind | None:

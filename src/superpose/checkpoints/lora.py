@@ -21,6 +21,11 @@ from superpose.checkpoints.headers import TensorHeader
 from superpose.errors import SuperposeError, nearest
 
 ADAPTER_CONFIG = "adapter_config.json"
+LONGEST_PATTERN, MOST_REPEATS = 200, 3
+"""Of a pattern for ranks: beyond, matching it can take for ever."""
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
+"""Models, and linear maps in them, whose weights are stored in x out."""
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 WRITE_OUT = "apply it to its base (peft's merge_and_unload) and give the model that this saves"
@@ -186,8 +191,16 @@ def open_adapter(folder: Path, name: str, revision: str = "") -> Adapter:
     return Adapter(name, folder, revision, _base_of(config), config, modules, full, copies, tuple(problems))
 
 
+def stores_in_x_out(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> bool:
+    """Whether a model stores its linear maps in x out, as GPT-2 does; by its config, else by a fused projection."""
+    if "model_type" in config:
+        return config["model_type"] in CONV1D_MODELS
+    fused = (header.shape for name, header in tensors.items() if name.endswith("attn.c_attn.weight"))
+    return any(len(shape) == 2 and shape[1] == 3 * shape[0] for shape in fused)
+
+
 def adapted_tensor(
-    module: LoraModule, name: str, shape: tuple[int, ...], onto: TensorHeader | None = None
+    module: LoraModule, name: str, shape: tuple[int, ...], *, in_x_out: bool | None, onto: TensorHeader | None = None
 ) -> AdaptedTensor:
     """Return a module's weight with the adapter applied.
 
@@ -195,6 +208,8 @@ def adapted_tensor(
         module: the factors.
         name: of the weight.
         shape: of the weight as stored.
+        in_x_out: whether the model stores its linear maps so, which a square weight does not show; None where only the
+            adapter's own word is there. That word is for all of its modules at once, and can be wrong.
         onto: the weight that is adapted; None for that of the merge's base.
 
     Returns:
@@ -211,11 +226,16 @@ def adapted_tensor(
         what = f"an update of {out} x {in_} does not fit a weight of {shown}"
         where = f"{module.down.file}, tensor {module.down.name} (base: {name})"
         raise SuperposeError(what, where=where, mend="use an adapter of this very base")
-    transposed = turned and (not fits or module.embedding or module.fan_in_fan_out)
+    said = module.fan_in_fan_out if in_x_out is None else in_x_out and _is_conv1d(module.path)
+    transposed = turned and (not fits or module.embedding or said)
     header = module.down
     return AdaptedTensor(
         name, header.dtype, shape, header.file, onto=onto, pairs=module.pairs(transposed), magnitude=module.magnitude
     )
+
+
+def _is_conv1d(path: str) -> bool:
+    return path.rpartition(".")[2] in CONV1D_MODULES
 
 
 def stored_shape(module: LoraModule) -> tuple[int, ...]:
@@ -251,6 +271,12 @@ def _module(path: str, headers: Mapping[str, TensorHeader], config: Mapping[str,
         what = f"its factors have rank {rank}, {ADAPTER_CONFIG} says {declared}"
         raise SuperposeError(what, where=where, mend="mend r or rank_pattern, or fetch the adapter again")
     magnitude = headers.get("lora_magnitude_vector")
+    if magnitude is None and config.get("use_dora"):
+        what = f"module {path} has no lora_magnitude_vector, and {ADAPTER_CONFIG} says use_dora"
+        raise SuperposeError(what, where=where, mend="fetch or save the adapter again")
+    if magnitude is not None and magnitude.numel != up.shape[0]:
+        what = f"{magnitude.numel} magnitudes for {up.shape[0]} rows"
+        raise SuperposeError(what, where=f"{magnitude.file}, tensor {magnitude.name}", mend="fetch the adapter again")
     if magnitude is not None and (embedding or len(down.shape) > 2):
         raise SuperposeError("DoRA of an embedding or a convolution", where=where, mend=WRITE_OUT)
     scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -267,7 +293,9 @@ def _enabled(
         return ()
     groups, rest = divmod(down.shape[0], rank)
     where = f"{down.file}, tensor {down.name}"
-    if rest or up.shape[0] % groups or len(down.shape) > 2:
+    if len(down.shape) > 2:
+        raise SuperposeError("factors of a grouped convolution", where=where, mend=WRITE_OUT)
+    if rest or up.shape[0] % groups:
         what = f"factors of shapes {list(down.shape)} and {list(up.shape)} do not belong together"
         raise SuperposeError(what, where=where, mend="fetch or save the adapter again")
     given = config.get("enable_lora")
@@ -303,7 +331,8 @@ def _refusals(config: Mapping[str, Any], file: Path) -> list[SuperposeError]:
 
 
 def _is_pattern(word: str) -> bool:
-    if re.search(r"\)[*+{]", word):  # a group repeated can take for ever to match
+    repeats = len(re.findall(r"[*+{]", word))
+    if re.search(r"\)[*+{]", word) or repeats > MOST_REPEATS or len(word) > LONGEST_PATTERN:
         return False
     try:
         re.compile(word)
@@ -313,7 +342,7 @@ def _is_pattern(word: str) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2.0**53
 
 
 def _by_pattern(patterns: Any, path: str, default: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from superpose.checkpoints.adapted import AdaptedTensor
+from superpose.checkpoints.architecture import read_architecture
 from superpose.checkpoints.compare import Alignment
 from superpose.checkpoints.folder import Checkpoint, exists, locate, open_checkpoint
 from superpose.checkpoints.headers import TensorHeader
@@ -18,6 +19,7 @@ from superpose.checkpoints.lora import (
     match_names,
     open_adapter,
     stored_shape,
+    stores_in_x_out,
     unknown,
 )
 from superpose.errors import SuperposeError
@@ -71,7 +73,10 @@ def adapt(
     tied: Mapping[str, str],
     *,
     onto: bool = False,
+    wanted: Callable[[str], bool] = lambda name: True,
     dropped: Callable[[str], bool] = lambda name: False,
+    path: Callable[[str], str] = lambda name: name,
+    in_x_out: bool | None = None,
 ) -> Alignment:
     """Return the tensors of a base that an adapter changes.
 
@@ -80,15 +85,20 @@ def adapt(
         base: the base's tensors by name.
         tied: names that share another tensor's memory, to that tensor's name.
         onto: whether the adapted tensors name the base's as what they are added to.
+        wanted: whether a base tensor takes part; what does not need not fit.
         dropped: whether a tensor that only the adapter has is left out by a rule.
+        path: a tensor's name in the model, which is what adapters call it, given that in the files.
+        in_x_out: whether the base stores its linear maps so; None where nothing tells.
 
     Returns:
         Base name to adapted tensor, for those alone that it changes; and what does not fit.
     """
-    strip, add = match_names(list(adapter.tensors), {**base, **tied})
+    in_files = {path(name): name for name in (*base, *tied)}
+    strip, add = match_names(list(adapter.tensors), in_files)
 
     def renamed(name: str) -> str:
-        return add + name[len(strip) :] if name.startswith(strip) else name
+        found = add + name[len(strip) :] if name.startswith(strip) else name
+        return in_files.get(found, found)
 
     sources: dict[str, TensorHeader] = {}
     problems, missing, notes = [], [], []
@@ -96,6 +106,8 @@ def adapt(
         own = base.get(renamed(name))
         if own is None:
             missing.append(name)
+        elif not wanted(renamed(name)):
+            continue
         elif own.shape != header.shape:
             what = f"shape {list(header.shape)}, the base has {list(own.shape)}"
             where = f"{header.file}, tensor {header.name} (base: {own.file})"
@@ -103,23 +115,30 @@ def adapt(
             problems.append(SuperposeError(what, where=where, mend=mend))
         elif name in adapter.full:
             sources[renamed(name)] = header
-    for path, module in adapter.modules.items():
-        name = renamed(f"{path}.weight")
+    for place, module in adapter.modules.items():
+        name = renamed(f"{place}.weight")
         if name not in base:
-            missing.append(f"{path}.weight")
+            missing.append(f"{place}.weight")
+            continue
+        if not wanted(name):
             continue
         own = base[name]
         try:
-            made = adapted_tensor(module, name, own.shape, own if onto else None)
+            made = adapted_tensor(module, name, own.shape, in_x_out=in_x_out, onto=own if onto else None)
         except SuperposeError as problem:
             problems.append(problem)
             continue
         sources[name] = replace(made, dtype=own.dtype) if onto else made
-        bias = renamed(f"{path}.bias")
+        bias = renamed(f"{place}.bias")
         if module.bias is None:
             continue
         if bias not in base:
-            missing.append(f"{path}.bias")
+            missing.append(f"{place}.bias")
+            continue
+        if base[bias].shape != module.bias.shape:
+            what = f"shape {list(module.bias.shape)}, the base's bias has {list(base[bias].shape)}"
+            where = f"{module.bias.file}, tensor {module.bias.name} (base: {base[bias].file})"
+            problems.append(SuperposeError(what, where=where, mend="use an adapter of this very base"))
             continue
         sources[bias] = AdaptedTensor(
             bias, base[bias].dtype if onto else module.bias.dtype, base[bias].shape, module.bias.file,
@@ -132,6 +151,9 @@ def adapt(
         mend = "merge into an adapter (--form adapter), or untie the two in the base first"
         problems.append(SuperposeError(what, where=str(adapter.folder), mend=mend))
     problems += unknown([name for name in missing if not dropped(name)], sorted(base), adapter)
+    both_ends = sorted(set(sources) & set(tied.values()))
+    if both_ends:
+        notes.append(f"{adapter.name}: it changes {both_ends[0]}, which other parts of the model are tied to")
     if adapter.copies:
         shown = ", ".join(sorted(adapter.copies))
         notes.append(f"{adapter.name}: {shown} in it is taken for a copy of the base's")
@@ -157,9 +179,12 @@ def base_of_adapters(adapters: list[Adapter], name: str) -> Checkpoint:
     """
     tensors: dict[str, TensorHeader] = {}
     for adapter in adapters:
-        for path, module in adapter.modules.items():
-            shape = stored_shape(module)
-            tensors.setdefault(f"{path}.weight", TensorHeader(f"{path}.weight", "F32", shape, module.down.file))
+        names = {f"{path}.weight": module for path, module in adapter.modules.items()}
+        strip, add = match_names(list(names), tensors)
+        for own, module in names.items():
+            called = add + own[len(strip) :] if own.startswith(strip) else own
+            header = TensorHeader(called, "F32", stored_shape(module), module.down.file)
+            tensors.setdefault(called, header)
     return Checkpoint(name, None, "", tensors, {}, {}, (), is_there=False)
 
 
@@ -167,7 +192,9 @@ def _applied(model: Checkpoint | Adapter, adapter: Checkpoint | Adapter, locatio
     if isinstance(model, Adapter) or not isinstance(adapter, Adapter):
         what = "MODEL+ADAPTER is a checkpoint and an adapter, in this order"
         raise SuperposeError(what, where=f"{where} {location}", mend="name the model first, then the adapter")
-    tied = dict(model.aliases)
-    found = adapt(adapter, model.tensors, tied, onto=True)
+    architecture = read_architecture(model.folder, model.config, len(model.tensors))
+    tied = {**architecture.tied, **model.aliases}
+    in_x_out = stores_in_x_out(model.config, model.tensors)
+    found = adapt(adapter, model.tensors, tied, onto=True, path=architecture.path, in_x_out=in_x_out)
     problems = (*model.problems, *adapter.problems, *found.problems)
     return replace(model, name=location, tensors={**model.tensors, **found.sources}, problems=problems)

@@ -195,6 +195,7 @@ def _allows_factors(options: StfOptions, kind: Kind) -> bool:
     },
     factored=Factored(_in_factors, _allows_factors),
     for_adapters={"density": 1.0},
+    needs_base=lambda options: options.matrices == "finetuned",
 )
 def stf(
     task_vectors: Float[Tensor, "tasks *shape"],

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from superpose.checkpoints.adapted import AdaptedTensor
+from superpose.checkpoints.architecture import Architecture
 from superpose.checkpoints.compare import Alignment
 from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.headers import DTYPE_NAMES, TensorHeader
 from superpose.checkpoints.hub import looks_like_hub_id
-from superpose.checkpoints.lora import PREFIX, Adapter
+from superpose.checkpoints.lora import CONV1D_MODULES, PREFIX, Adapter, match_names, stores_in_x_out
 from superpose.checkpoints.models import adapt, unchanged
 from superpose.checkpoints.writer import Layout, lay_out_beside
 from superpose.errors import SuperposeError
@@ -26,8 +27,6 @@ from superpose.registry import find_method
 ADAPTER_FILE = "adapter_model.safetensors"
 WIDE_FILE = "factors.safetensors"
 """Where factors wait whose rank is known when all are made."""
-CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Model types whose linear maps are stored in x out."""
 MOST_NAMED = 3
 
 
@@ -55,6 +54,7 @@ def align_adapter(
     base: Checkpoint,
     adapter: Adapter,
     wanted: Mapping[str, Kind],
+    architecture: Architecture,
     *,
     tied: Mapping[str, str],
     dropped: Callable[[str], bool],
@@ -65,26 +65,42 @@ def align_adapter(
         base: the base.
         adapter: the adapter.
         wanted: names of base tensors that take part.
+        architecture: what the base's modules say.
         tied: names that share another tensor's memory, to that tensor's name.
         dropped: whether a tensor that only the adapter has is left out by a rule.
 
     Returns:
         A source for every wanted tensor, the base's own where the adapter does not mention it; and what does not fit.
     """
-    found = adapt(adapter, base.tensors, tied, dropped=dropped)
+    in_x_out = stores_in_x_out(base.config, base.tensors) if base.is_there else None
+    found = adapt(
+        adapter, base.tensors, tied, wanted=lambda name: name in wanted, dropped=dropped,
+        path=architecture.path, in_x_out=in_x_out,
+    )  # fmt: skip
     sources = {name: found.sources.get(name) or unchanged(base.tensors[name]) for name in wanted}
     return Alignment(sources, found.problems, found.notes)
 
 
-def with_tied_names(base: Checkpoint, adapters: Sequence[Adapter], tied: Mapping[str, str]) -> Checkpoint:
+def with_tied_names(
+    base: Checkpoint, adapters: Sequence[Adapter], tied: Mapping[str, str], architecture: Architecture
+) -> Checkpoint:
     """Return the base with an entry of their own for tied weights that adapters change: an adapter can hold that."""
     changed = {name for adapter in adapters for name in adapter.tensors}
-    own = {
-        name: replace(base.tensors[owner], name=name)
-        for name, owner in tied.items()
-        if name in changed and name not in base.tensors and owner in base.tensors
-    }
+    own = {}
+    for name, owner in tied.items():
+        if {name, architecture.path(name)} & changed and name not in base.tensors and owner in base.tensors:
+            header = base.tensors[owner]
+            own[name] = AdaptedTensor(name, header.dtype, header.shape, header.file, onto=header)
     return replace(base, tensors={**base.tensors, **own})
+
+
+def spell(base: Checkpoint, adapters: Sequence[Adapter], architecture: Architecture) -> dict[str, str]:
+    """Return what an adapter calls each tensor of the base: as the first of them does, else as the model does."""
+    paths = {name: architecture.path(name) for name in base.tensors}
+    if not adapters:
+        return paths
+    strip, add = match_names(list(adapters[0].tensors), dict.fromkeys(paths.values()))
+    return {name: strip + path[len(add) :] if path.startswith(add) else path for name, path in paths.items()}
 
 
 def is_changed(source: TensorHeader | None) -> bool:
@@ -126,7 +142,12 @@ def factor_space_problems(items: Sequence[WorkItem]) -> list[SuperposeError]:
 
 
 def as_adapter(
-    items: Sequence[WorkItem], recipe: Recipe, base: Checkpoint, models: Sequence[Checkpoint | Adapter]
+    items: Sequence[WorkItem],
+    recipe: Recipe,
+    base: Checkpoint,
+    models: Sequence[Checkpoint | Adapter],
+    tied: Mapping[str, str],
+    spelling: Mapping[str, str],
 ) -> tuple[list[WorkItem], list[SuperposeError], list[str]]:
     """Return the items with their places in an adapter, and without those that have none.
 
@@ -135,6 +156,8 @@ def as_adapter(
         recipe: what was asked for.
         base: the base.
         models: the tuned ones.
+        tied: names that share another tensor's memory, to that tensor's name.
+        spelling: what an adapter calls each tensor.
 
     Returns:
         The items, what forbids an adapter, and what is left out.
@@ -142,8 +165,9 @@ def as_adapter(
     output = recipe.output
     if output.form == "model":
         return list(items), [], []
-    turned = base.config.get("model_type") in CONV1D_MODELS
-    turned = turned or any(model.config.get("fan_in_fan_out") for model in models if isinstance(model, Adapter))
+    turned = any(
+        stores_in_x_out(model.config, base.tensors) for model in (base, *models) if isinstance(model, Checkpoint)
+    )
     dtype = "F32" if recipe.dtype == "base" else DTYPE_NAMES[getattr(torch, recipe.dtype)]
     kept: list[WorkItem] = []
     rest: list[WorkItem] = []
@@ -157,17 +181,18 @@ def as_adapter(
             bound = _rank_of(item) if item.in_factors else min(item.shape[0], item.numel // max(1, item.shape[0]))
             if not item.in_factors and not (output.rank or output.energy):
                 dense.append(item)
-            place = _place(item, turned, bound if exact or not output.rank else min(bound, output.rank), output, dtype)
+            room = bound if exact or not output.rank else min(bound, output.rank)
+            place = _place(item, spelling[item.name], turned, room, output, dtype)
             kept.append(replace(own, factors=place))
         else:
             rest.append(item)
-            if output.rest == "save" and _module_parameter(item):
-                kept.append(replace(own, names=(*own.names, PREFIX + item.name)))
-            elif output.form == "both":
-                kept.append(own)
+            kept.append(own)
     if not output.per_layer_rank:
         room = output.rank or max((item.factors.room for item in kept if item.factors), default=1)
         kept = [replace(i, factors=replace(i.factors, room=room)) if i.factors else i for i in kept]
+    if output.rest == "save":
+        kept = _with_saved(kept, rest, items, tied, spelling)
+    kept = [item for item in kept if item.names or item.factors is not None]
     kept = [replace(item, reads_base=_reads_base(item)) for item in kept]
     problems = _problems(dense, rest, kept, output, base)
     notes = []
@@ -201,11 +226,43 @@ def lay_out_adapter(layout: Layout, items: Sequence[WorkItem], output: Output) -
     return lay_out_beside(layout, f"adapter/{file}" if output.form == "both" else file, tensors)
 
 
-def _place(item: WorkItem, turned: bool, room: int, output: Output, dtype: str) -> FactorOutput:
-    path = PREFIX + item.name.removesuffix(".weight")
+def _with_saved(
+    kept: Sequence[WorkItem],
+    rest: Sequence[WorkItem],
+    items: Sequence[WorkItem],
+    tied: Mapping[str, str],
+    spelling: Mapping[str, str],
+) -> list[WorkItem]:
+    """Return the items, those that no low-rank update holds with their names in the adapter too.
+
+    A bias beside factors goes with them; any other bias by itself; the rest makes PEFT save modules as a whole, so that
+    everything in these modules has to be there, and what is tied to it.
+    """
+    paths = {item.name: spelling[item.name].rpartition(".")[0] for item in items}
+    beside_factors = {paths[item.name] for item in kept if item.factors is not None}
+    saved = {paths[item.name] for item in rest if _module_parameter(item) and item.kind is not Kind.BIAS}
+    also = {owner: [spelling.get(name, name) for name, to in tied.items() if to == owner] for owner in tied.values()}
+    names: dict[str, tuple[str, ...]] = {}
+    for item in items:
+        own, path = spelling[item.name], paths[item.name]
+        if not _module_parameter(item):
+            continue
+        if item in rest and item.kind is Kind.BIAS and path not in saved:
+            ending = own.rpartition(".")[2]
+            names[item.name] = (f"{PREFIX}{path}.base_layer.{ending}" if path in beside_factors else PREFIX + own,)
+        elif path in saved:
+            names[item.name] = tuple(PREFIX + name for name in (own, *also.get(item.name, ())))
+    there = {item.name for item in kept}
+    missing = [replace(item, names=()) for item in items if item.name in names and item.name not in there]
+    return [replace(item, names=(*item.names, *names.get(item.name, ()))) for item in (*kept, *missing)]
+
+
+def _place(item: WorkItem, name: str, turned: bool, room: int, output: Output, dtype: str) -> FactorOutput:
+    path = PREFIX + name.removesuffix(".weight")
     sources = [source for source in item.tuned if isinstance(source, AdaptedTensor) and source.pairs]
     looked_up = sources[0].pairs[0].looked_up if sources else item.kind is Kind.EMBEDDING
-    transposed = sources[0].pairs[0].transposed if sources else (turned and item.kind is Kind.LINEAR)
+    conv1d = turned and name.removesuffix(".weight").rpartition(".")[2] in CONV1D_MODULES
+    transposed = sources[0].pairs[0].transposed if sources else conv1d
     words = ("lora_embedding_A", "lora_embedding_B") if looked_up else ("lora_A.weight", "lora_B.weight")
     return FactorOutput(
         down=f"{path}.{words[0]}", up=f"{path}.{words[1]}", transposed=transposed or looked_up,
@@ -219,7 +276,7 @@ def _fits_factors(item: WorkItem) -> bool:
     if len(item.shape) < 2 or not item.name.endswith(".weight") or 0 in item.shape:
         return False
     if item.kind is Kind.CONV:
-        return not is_depthwise(item.kind, item.shape)
+        return not is_depthwise(item.kind, item.shape) and item.parts is None  # PEFT wants others of a grouped one
     if len(item.shape) > 2:
         return False
     # A table is small work for an adapter of it, and half of the model for anything else.
@@ -254,7 +311,7 @@ def _reads_base(item: WorkItem) -> bool:
     if item.in_factors:
         return False
     updates = all(isinstance(source, AdaptedTensor) and source.is_update for source in item.tuned)
-    return not (updates and find_method(item.method).acts_on == "task_vectors")
+    return not updates or find_method(item.method).reads_base(item.options)
 
 
 def _problems(
@@ -269,6 +326,10 @@ def _problems(
         what = f"an adapter of low rank holds no {_named(rest)}"
         mend = "save them as they are (--rest save), leave them out (--rest drop), or keep the base's by a rule"
         problems.append(SuperposeError(what, where="--rest refuse", mend=mend))
+    sets = [item for item in kept if item.action == "merge" and find_method(item.method).beside is not None]
+    if sets and output.form == "adapter":
+        what = f"{sets[0].method} makes a set of models around one, and no adapter"
+        problems.append(SuperposeError(what, where="output form: adapter", mend="use --form model, or another method"))
     unread = [item for item in kept if item.reads_base] if not base.is_there else []
     if not kept:
         mend = "give models that differ from the base in a matrix"

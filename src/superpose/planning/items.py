@@ -260,7 +260,8 @@ def with_cost(item: WorkItem, settings: Settings) -> WorkItem:
         work = piece * wide * (2 * tasks + 4)
         if method.cost is not None and not method.whole_for:
             work = piece * wide * tasks + method.cost((piece,), tasks, item.options).memory
-        return replace(item, memory=work + counts, flops=20.0 * item.numel * tasks)
+        memory = work + counts + _written_out(item)
+        return replace(item, memory=memory, flops=20.0 * item.numel * tasks)
     share = prod(item.shape) if item.parts is None else prod(item.shape) // len(item.parts[1])
     shape = _part_shape(item)
     cost = method.cost(shape, tasks, item.options) if method.cost else Cost(3 * wide * share * (tasks + 1), 20.0)
@@ -269,10 +270,17 @@ def with_cost(item: WorkItem, settings: Settings) -> WorkItem:
         memory += sum(header.nbytes for header in (item.base, *item.tuned) if header) + 3 * wide * item.numel
     if measures:
         memory += 8 * share * (tasks + 3)
-    memory += wide * item.numel * sum(isinstance(header, AdaptedTensor) for header in item.tuned)  # updates written out
+    memory += _written_out(item)
     if item.factors is not None:  # what is merged, kept until it is decomposed, in float64 with its Gram matrix
         memory += 20 * item.numel + 32 * min(item.size) ** 2
     return replace(item, memory=memory, flops=cost.flops * (len(item.parts[1]) if item.parts else 1))
+
+
+def _written_out(item: WorkItem) -> int:
+    """Return the bytes of updates that are written out; DoRA's are made in float64."""
+    adapted = [header for header in (item.base, *item.tuned) if isinstance(header, AdaptedTensor) and header.parts]
+    whole = sum(item.compute.itemsize * (2 if header.onto is not None else 1) for header in adapted)
+    return item.numel * (whole + (24 if any(header.magnitude is not None for header in adapted) else 0))
 
 
 def _cost_in_factors(item: WorkItem, *, measures: bool) -> WorkItem:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from superpose.backends import make_backend
+from superpose.checkpoints.adapted import AdaptedTensor
 from superpose.checkpoints.architecture import Architecture, read_architecture
 from superpose.checkpoints.compare import Alignment, align
 from superpose.checkpoints.folder import Checkpoint
@@ -27,6 +28,7 @@ from superpose.planning.adapters import (
     factor_space_problems,
     lay_out_adapter,
     needs_base,
+    spell,
     with_factors,
     with_tied_names,
 )
@@ -62,6 +64,7 @@ class Plan:
         weights: one per tuned model.
         options: of the recipe's method, defaults filled in.
         notes: what was assumed, in words.
+        spelling: base tensor to what an adapter calls it: its name in the model.
     """
 
     recipe: Recipe
@@ -73,6 +76,7 @@ class Plan:
     weights: tuple[float, ...]
     options: Any
     notes: tuple[str, ...]
+    spelling: Mapping[str, str]
 
     @property
     def bytes_read(self) -> int:
@@ -138,7 +142,7 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     kinds = choose_kinds(base, architecture, recipe.rules, problems)
     tied = {**architecture.tied, **base.aliases}
     if recipe.output.form == "adapter":
-        base = with_tied_names(base, adapters, tied)
+        base = with_tied_names(base, adapters, tied, architecture)
         untold = {name: header for name, header in base.tensors.items() if name not in kinds}
         kinds |= {
             name: (kind_of(name, header.shape, is_float=header.is_float), "name") for name, header in untold.items()
@@ -154,7 +158,7 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     wanted = {name: kinds[name][0] for name in names if not is_kept(name, kinds[name][0], recipe.rules)}
     alignments = []
     for checkpoint in tuned:
-        found = _align(base, checkpoint, wanted, tied, recipe)
+        found = _align(base, checkpoint, wanted, tied, recipe, architecture)
         alignments.append(found.sources)
         problems += found.problems
         notes += found.notes
@@ -166,8 +170,9 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
         sources = tuple(found.get(name) for found in alignments)
         items.append(make_item(header, kind, kind_from, sources, recipe, chosen, architecture))
     items = [with_factors(item) for item in items]
-    raise_all(factor_space_problems(items))
-    items, problems, left_out = as_adapter(items, recipe, base, tuned)
+    raise_all([*factor_space_problems(items), *_set_problems(items, base)])
+    spelling = spell(base, adapters, architecture)
+    items, problems, left_out = as_adapter(items, recipe, base, tuned, tied, spelling)
     raise_all(problems)
     items = [with_cost(item, settings) for item in with_common_dtype(items)]
     items = with_keys(items, recipe, weights, settings)
@@ -178,7 +183,9 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     layout = lay_out_beside(layout, MASKS_FILE, [tensor for item in items for tensor in item.beside])
     raise_all(check_room(layout, output))
     notes += [*dict.fromkeys(chosen.notes), *left_out, *_notes(items, base, settings)]
-    return Plan(recipe, settings, base, tuple(tuned), tuple(items), layout, weights, chosen.of(None)[1], tuple(notes))
+    return Plan(
+        recipe, settings, base, tuple(tuned), tuple(items), layout, weights, chosen.of(None)[1], tuple(notes), spelling
+    )
 
 
 def plan_tensors(
@@ -287,14 +294,30 @@ def _open_all(recipe: Recipe, problems: list[SuperposeError]) -> tuple[Checkpoin
 
 
 def _align(
-    base: Checkpoint, model: Checkpoint | Adapter, wanted: Mapping[str, Kind], tied: Mapping[str, str], recipe: Recipe
+    base: Checkpoint,
+    model: Checkpoint | Adapter,
+    wanted: Mapping[str, Kind],
+    tied: Mapping[str, str],
+    recipe: Recipe,
+    architecture: Architecture,
 ) -> Alignment:
     def dropped(name: str) -> bool:
         return is_dropped(name, recipe.rules)
 
     if isinstance(model, Adapter):
-        return align_adapter(base, model, wanted, tied=tied, dropped=dropped)
+        return align_adapter(base, model, wanted, architecture, tied=tied, dropped=dropped)
     return align(base, model, wanted, tied=tied, dropped=dropped)
+
+
+def _set_problems(items: Sequence[WorkItem], base: Checkpoint) -> list[SuperposeError]:
+    """Return what forbids a set of models: rebuilding one of them needs a base that lies in one place."""
+    made = [item for item in items if item.action == "merge" and find_method(item.method).beside is not None]
+    if not made or not any(isinstance(header, AdaptedTensor) for header in base.tensors.values()):
+        return []
+    mend = "fold the adapter into its model first: superpose merge MODEL ADAPTER -m task_arithmetic --scaling-factor 1"
+    return [
+        SuperposeError(f"{made[0].method} needs a base that is one checkpoint", where=f"base {base.name}", mend=mend)
+    ]
 
 
 def _bases(models: Sequence[Checkpoint | Adapter]) -> list[str]:
