@@ -34,8 +34,8 @@ import superpose
 
 GENERATED = 16
 """Tokens that are generated from each prompt."""
-LEFT_OUT = ("emr", "model_stock")
-"""EMR makes a set of models; its model of all tasks is none of them. Model Stock is in the table of full models."""
+LEFT_OUT = ("emr",)
+"""EMR makes a set of models around one that is meant for no task: not an adapter."""
 
 
 def load(folder: Path, on: Path | None = None) -> Any:
