@@ -1,6 +1,6 @@
 """Real adapters merged by every method: what the merged model can do, and that PEFT says the same as superpose.
 
-    python benchmarks/adapters/run.py --out FOLDER [--train N] [--held-out N] [--quick] [--report FILE]
+    python benchmarks/adapters/run.py --out FOLDER [--train N] [--held-out N] [--only METHOD ...] [--report FILE]
 
 LoRA fine-tunes of SmolLM2-135M on three real tasks, merged with each method's defaults. A row's accuracies are those of
 the merged model. Methods that keep adapters as factors give an exact adapter; the others one of the sum of the ranks,
@@ -137,13 +137,14 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=480, help="examples to learn from, of each task")
     parser.add_argument("--held-out", type=int, default=200, help="examples to score on, of each task")
     parser.add_argument("--quick", action="store_true", help="a few examples, two methods: to try the benchmark")
+    parser.add_argument("--only", nargs="+", help="names of methods")
     parser.add_argument("--report", type=Path, help="file that gets the table too")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     train, held_out = (16, 8) if arguments.quick else (arguments.train, arguments.held_out)
     bench = Bench(arguments.out, train, held_out)
     methods = [method.name for method in superpose.list_methods() if method.name not in LEFT_OUT]
-    methods = ["stf", "ties"] if arguments.quick else methods
+    methods = arguments.only or (["stf", "ties"] if arguments.quick else methods)
     from peft import __version__
 
     report = Report(arguments.report)
