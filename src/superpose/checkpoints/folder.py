@@ -12,11 +12,11 @@ from superpose.checkpoints.adapted import files_of
 from superpose.checkpoints.files import formats, headers_of, read_json
 from superpose.checkpoints.headers import TensorHeader
 from superpose.checkpoints.hub import fetch_from_hub, looks_like_hub_id
+from superpose.checkpoints.lora import ADAPTER_CONFIG
 from superpose.errors import SuperposeError, nearest
 
 # Most preferred first; a converted repository often holds both.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-ADAPTER_CONFIG = "adapter_config.json"
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
