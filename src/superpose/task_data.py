@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from superpose.errors import SuperposeError, nearest, raise_all
 
 
 def _text(value: object) -> object:
@@ -62,3 +65,35 @@ class TaskData(BaseModel):
     def provenance(self) -> dict[str, Any]:
         """Return what a record says of it: all that is not at its default, and the path."""
         return self.model_dump(mode="json", exclude_defaults=True)
+
+
+def make_task(given: Mapping[str, Any], *, where: str) -> TaskData:
+    """Return a task of what a user gave.
+
+    Args:
+        given: fields of `TaskData`.
+        where: who gave it, for errors.
+
+    Returns:
+        The task.
+
+    Raises:
+        SuperposeError: a field is missing, unknown, or holds what it cannot.
+        Problems: several do.
+    """
+    problems = []
+    try:
+        return TaskData.model_validate(dict(given))
+    except ValidationError as error:
+        for found in error.errors():
+            name = str(found["loc"][0]) if found["loc"] else "data"
+            if found["type"] == "extra_forbidden":
+                what, mend = f"a task's data has no '{name}'", nearest(name, TaskData.model_fields)
+            elif found["type"] == "missing":
+                what, mend = f"'{name}' is missing", "name the file or dataset"
+            else:
+                what = f"{name}={found['input']} is not allowed"
+                mend = f"{found['msg'][:1].lower()}{found['msg'][1:]}"
+            problems.append(SuperposeError(what, where=where, mend=mend))
+    raise_all(problems)
+    raise AssertionError("a validation error tells at least one problem")
