@@ -29,9 +29,8 @@ def class_encoder(library: Any, folder: Path, task: TaskData, classes: Sequence[
     return encode
 
 
-def causal_encoder(library: Any, folder: Path, task: TaskData, module: Any) -> Encoder:
+def causal_encoder(tokenizer: Any, task: TaskData) -> Encoder:
     """Return what makes examples of a language model: a text, or a prompt and the text that is to follow it."""
-    tokenizer = _tokenizer(library, folder)
 
     def encode(row: Row) -> Example:
         ids = tokenizer(row.text(task.text))["input_ids"]
@@ -51,16 +50,14 @@ def causal_encoder(library: Any, folder: Path, task: TaskData, module: Any) -> E
         inputs = torch.tensor(ids)
         return Example({"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}, torch.tensor(target), len(ids))
 
-    del module
     return encode
 
 
-def seq2seq_encoder(library: Any, folder: Path, task: TaskData, module: Any) -> Encoder:
+def seq2seq_encoder(tokenizer: Any, folder: Path, task: TaskData, module: Any) -> Encoder:
     """Return what makes examples of an encoder-decoder: a text and the text to be written from it."""
     if not task.target:
         mend = "name the column with the text to be written: --target"
         raise SuperposeError("an encoder-decoder reads two texts", where=str(folder), mend=mend)
-    tokenizer = _tokenizer(library, folder)
 
     def encode(row: Row) -> Example:
         read = tokenizer(row.text(task.text), truncation=True, max_length=task.max_length)["input_ids"]
@@ -106,7 +103,7 @@ def class_of(row: Row, column: str, classes: Sequence[str], count: int) -> int:
 
 
 def _text_reader(library: Any, folder: Path, task: TaskData) -> Callable[[Row], tuple[dict[str, Tensor], int]]:
-    tokenizer = _tokenizer(library, folder)
+    tokenizer = read_tokenizer(library, folder)
 
     def read(row: Row) -> tuple[dict[str, Tensor], int]:
         pair = row.text(task.pair) if task.pair else None
@@ -153,7 +150,19 @@ def _image_reader(library: Any, folder: Path, task: TaskData) -> Callable[[Row],
     return read
 
 
-def _tokenizer(library: Any, folder: Path) -> Any:
+def read_tokenizer(library: Any, folder: Path) -> Any:
+    """Return a folder's tokenizer.
+
+    Args:
+        library: transformers.
+        folder: of the model.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        SuperposeError: the folder has none that can be read.
+    """
     try:
         return library.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library fails in many ways; its text says how

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -79,6 +80,7 @@ class LiveModel:
         names: tensor of the checkpoint -> name of the module's parameter or buffer; alike where not listed.
         classes: names of the classes, as far as they have any.
         in_x_out: checkpoint tensors of linear maps that are stored in x out.
+        tokenizer: of a language model: what reads other texts than rows, and writes out what it generates.
     """
 
     module: nn.Module
@@ -88,6 +90,7 @@ class LiveModel:
     names: Mapping[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     in_x_out: frozenset[str] = frozenset()
+    tokenizer: Any = None
 
     def scores(self, batch: Batch) -> Tensor:
         """Return scores before the softmax in float32, (examples, positions, classes)."""

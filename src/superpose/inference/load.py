@@ -20,6 +20,7 @@ from superpose.errors import SuperposeError, nearest, raise_all
 from superpose.inference.encoders import (
     causal_encoder,
     class_encoder,
+    read_tokenizer,
     seq2seq_encoder,
 )
 from superpose.inference.examples import LiveModel
@@ -84,12 +85,14 @@ def _by_transformers(checkpoint: Checkpoint, task: TaskData) -> LiveModel:
             module, encode, with_head(module, head.layer, task.pooling), "classes", names, head.classes, in_x_out
         )
     if family in ("causal", "seq2seq"):
-        encode = (causal_encoder if family == "causal" else seq2seq_encoder)(library, folder, task, module)
+        tokenizer = read_tokenizer(library, folder)
+        causal = family == "causal"
+        encode = causal_encoder(tokenizer, task) if causal else seq2seq_encoder(tokenizer, folder, task, module)
 
         def tokens(inputs: Any) -> torch.Tensor:
             return module(**inputs, use_cache=False).logits
 
-        return LiveModel(module, encode, tokens, "tokens", names, in_x_out=in_x_out)
+        return LiveModel(module, encode, tokens, "tokens", names, in_x_out=in_x_out, tokenizer=tokenizer)
     if family == "classes":
         if getattr(config, "pad_token_id", None) is None:
             module.config.pad_token_id = (
