@@ -23,15 +23,18 @@ from superpose.checkpoints.names import kind_of
 from superpose.comparison import Comparison, compare_items, group_tensors, suggestions
 from superpose.decompositions import open_cache
 from superpose.elsewhere import with_inputs_checked
-from superpose.errors import SuperposeError
+from superpose.errors import SuperposeError, raise_all
+from superpose.evaluators import Evaluation, evaluate_model, find_evaluator, silent
 from superpose.kinds import Kind
 from superpose.parts import Context
 from superpose.planning import Plan, Settings, make_plan
+from superpose.planning.checks import check_device
 from superpose.reading import close_readers
 from superpose.recipe import Recipe, load_recipe, parse_bytes
 from superpose.records import RunRecord
 from superpose.registry import Method, registered
 from superpose.run import Report, device_of, run_plan
+from superpose.task_data import TaskData, make_task
 
 FACTOR = "{scaling_factor}"
 """Stands for the scaling factor in the name of an output."""
@@ -323,6 +326,39 @@ def compare(
     whole, groups = group_tensors(tensors, task_names)
     found = Comparison(str(base), whole, groups, len(made.items) - len(items), notes)
     return replace(found, suggestions=suggestions(found))
+
+
+def evaluate(
+    model: str | Path,
+    evaluator: str,
+    *,
+    data: TaskData | Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    report: Callable[[int, int], None] = silent,
+    **options: Any,
+) -> Evaluation:
+    """Measure a model.
+
+    Args:
+        model: folder, hub id, or MODEL+ADAPTER.
+        evaluator: its name; `superpose evaluate --list` has them all.
+        data: the data and its columns, for evaluators that read data: a `TaskData`, or a mapping of its fields.
+        device: "cpu", "cuda", "cuda:N" or "auto".
+        report: called with how much is done, and of how much.
+        **options: of the evaluator.
+
+    Returns:
+        The metrics, which way each is better, and what they were measured on.
+
+    Raises:
+        SuperposeError: the model, the data or an option is not as it should be.
+        Problems: several of them are not.
+    """
+    by = find_evaluator(evaluator, where="evaluator")
+    task = data if data is None or isinstance(data, TaskData) else make_task(data, where="data")
+    raise_all(check_device(Settings(device)))
+    place = torch.device(device_of(device))
+    return evaluate_model(str(model), by, task=task, options=options, device=place, report=report)
 
 
 def list_methods() -> list[Method]:

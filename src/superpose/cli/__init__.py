@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from superpose.allocator import keep_freed_memory
-from superpose.cli import compare, demo, extract, inspect, merge, methods, plan, rebuild
+from superpose.cli import compare, demo, evaluate, extract, inspect, merge, methods, plan, rebuild
 
 app = typer.Typer(
     name="superpose",
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# A method's options are not known here: they pass through, and are checked against the method.
+# A method's or an evaluator's options are not known here: they pass through, and are checked against it.
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app.command("merge", context_settings=_PASS_THROUGH)(merge.merge)
@@ -28,6 +28,7 @@ app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
 app.command("extract")(extract.extract)
 app.command("rebuild")(rebuild.rebuild)
+app.command("evaluate", context_settings=_PASS_THROUGH)(evaluate.evaluate)
 app.command("demo")(demo.demo)
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,7 +102,7 @@ def recipe_from(
     """
     from superpose.recipe import DEFAULT_METHOD, load_recipe
 
-    paths, options = _split(models)
+    paths, options = split_arguments(models)
     if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
         content = load_recipe(paths[0]).model_dump(mode="json", exclude_unset=True)
     elif len(paths) < 2:
@@ -263,21 +263,36 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right:
     console.print(table)
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Tell paths from the method's options, which come as --name value or --name=value."""
+def split_arguments(arguments: Sequence[str], switches: Collection[str] = ()) -> tuple[list[str], dict[str, str]]:
+    """Tell paths from options that the command line does not know, which come as --name value or --name=value.
+
+    Args:
+        arguments: what was left over.
+        switches: options that may stand without a value, and are then true.
+
+    Returns:
+        Paths, and options by name.
+
+    Raises:
+        SuperposeError: an option has no value.
+    """
     paths, options = [], {}
-    rest = iter(arguments)
-    for argument in rest:
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
         if not argument.startswith("--"):
             paths.append(argument)
             continue
         name, equals, value = argument[2:].partition("=")
-        if not equals:
-            value = next(rest, "")
-            if value == "" or value.startswith("--"):
-                mend = f"write --{name} VALUE"
-                raise SuperposeError(f"option --{name} has no value", where="command line", mend=mend)
-        options[name.replace("-", "_")] = value
+        name = name.replace("-", "_")
+        if not equals and name in switches and (not rest or rest[0].lower() not in ("true", "false")):
+            value = "true"
+        elif not equals:
+            if not rest or rest[0] == "" or rest[0].startswith("--"):
+                flag = argument.partition("=")[0]
+                raise SuperposeError(f"option {flag} has no value", where="command line", mend=f"write {flag} VALUE")
+            value = rest.pop(0)
+        options[name] = value
     return paths, options
 
 
