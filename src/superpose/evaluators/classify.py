@@ -16,7 +16,7 @@ import torch
 from superpose.errors import SuperposeError
 from superpose.evaluators.live import row_facts, scored
 from superpose.evaluators.registry import Measured, Report, evaluator
-from superpose.inference import TaskData, encode_rows, load_model
+from superpose.inference import TaskData, load_model, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +49,12 @@ def classify(model: str, options: ClassifyOptions, *, task: TaskData, device: to
         SuperposeError: the model is no classifier, or a row or label is not as it should be.
     """
     del options
+    rows = read_rows(task, list(task.columns().values()))  # before a model that may take minutes to load
     live = load_model(model, task, device)
     if live.answers != "classes":
         mend = "give a model with a classification head, or its body with --head FILE"
         raise SuperposeError(f"no classifier: it answers with {live.answers}", where=model, mend=mend)
-    examples, rows = encode_rows(live, task, labelled=True)
+    examples = [live.encode(row) for row in rows.rows]
     predicted = [0] * len(examples)
     for batch, scores in scored(live, examples, task.batch_size, device, report):
         for number, found in zip(batch.numbers, scores[:, 0].argmax(dim=-1).tolist(), strict=True):

@@ -25,6 +25,6 @@ def the_package(module: str, *, extra: str, what: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        missing = error.name or module
+        missing = (error.name or module).partition(".")[0]
         mend = f"pip install 'superpose[{extra}]'"
         raise SuperposeError(f"{what} needs {missing}, which is not installed", mend=mend) from error

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from superpose.errors import SuperposeError
 from superpose.evaluators.live import load_language_model, row_facts, scored
 from superpose.evaluators.registry import Measured, Report, evaluator
-from superpose.inference import IGNORED, TaskData, encode_rows
+from superpose.inference import IGNORED, TaskData, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,9 @@ def perplexity(
         SuperposeError: it is no language model, or no text has a token that is predicted.
     """
     del options
+    rows = read_rows(task, list(task.columns().values()))  # before a model that may take minutes to load
     live = load_language_model(model, task, device)
-    examples, rows = encode_rows(live, task)
+    examples = [live.encode(row) for row in rows.rows]
     count = sum(int((example.target != IGNORED).sum()) for example in examples if example.target is not None)
     if not count:
         mend = "give texts of two tokens or more, or raise --max-length"
