@@ -207,7 +207,8 @@ def test_an_encoder_decoder_can_be_asked(t5, tasks):
     assert 0 <= evaluated(t5, tasks, "choices", limit=3).metrics["choices/acc"] <= 1
 
 
-def test_random_numbers_and_stdout_are_left_alone(llama, tasks, capfd):
+def test_random_numbers_and_the_terminal_are_left_alone(llama, tasks, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # in no repository
     torch.manual_seed(5)
     random.seed(5)
     expected = torch.initial_seed(), random.getstate()

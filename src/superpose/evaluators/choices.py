@@ -11,6 +11,7 @@ import torch
 from superpose.errors import SuperposeError
 from superpose.evaluators.templates import Asked
 from superpose.inference import Example, LiveModel
+from superpose.inference.encoders import decoder_inputs
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,7 @@ def _encoder_decoder(prompt: str, choice: str, reading: Reading) -> _Encoded:
     wanted = list(tokenizer(text_target=choice)["input_ids"])
     if reading.end_token == "no" and wanted and wanted[-1] == tokenizer.eos_token_id:
         wanted.pop()
-    prepare: Any = reading.live.module.prepare_decoder_input_ids_from_labels
-    shifted = prepare(torch.tensor([wanted]))[0].tolist() if wanted else []
+    shifted = decoder_inputs(reading.live.module, torch.tensor(wanted)).tolist() if wanted else []
     return _Encoded({"input_ids": read, "decoder_input_ids": shifted}, 0, wanted, len(read) < len(whole))
 
 

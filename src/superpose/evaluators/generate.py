@@ -83,6 +83,9 @@ def generate(model: str, options: GenerateOptions, *, task: TaskData, device: to
     prompts = group_prompts(rows.rows, task)
     live = load_language_model(model, task, device)
     tokenizer = tokenizer_of(live, model)
+    if not hasattr(live.module, "generate") or not hasattr(live.module, "config"):
+        mend = "let the loader return a model of transformers"
+        raise SuperposeError("the model has no generate() to write with", where=model, mend=mend)
     examples, cut = _examples(prompts, live, tokenizer, task, options)
     ends = _ends(model, live, tokenizer)
     texts = [""] * len(prompts)

@@ -71,9 +71,8 @@ def lm_eval(model: str, options: LmEvalOptions, *, device: torch.device, report:
     if not names:
         mend = "name some: --tasks NAME,NAME"
         raise SuperposeError("lm_eval runs tasks, and none are named", where="evaluator lm_eval", mend=mend)
-    the_package("transformers", extra="eval", what="the evaluator lm_eval")
+    harness = the_package("lm_eval.evaluator", extra="eval", what="the evaluator lm_eval")
     with _quiet(bars=report is not silent), _random_state_kept(), _code_allowed(options.allow_code):
-        harness = the_package("lm_eval", extra="eval", what="the evaluator lm_eval")
         manager, tasks = _tasks(names, options)
         # An encoder-decoder wants a target's column to be named, though no row is read by it here.
         live = load_language_model(model, TaskData(data="lm_eval", target="target"), device)
@@ -161,15 +160,18 @@ def _digest(samples: Sequence[Mapping[str, Any]]) -> str:
 @contextlib.contextmanager
 def _quiet(bars: bool) -> Iterator[None]:
     """Keep the harness's log off the terminal, and stdout for results."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
+    logger, runner = logging.getLogger("lm_eval"), sys.modules["lm_eval.evaluator"]
+    level, asked = logger.level, getattr(runner, "get_git_commit_hash", None)
     logger.setLevel(logging.ERROR)
+    # Where the current folder is in no repository, git itself would write "fatal" on the terminal.
+    runner.__dict__["get_git_commit_hash"] = lambda: None
     try:
         hidden = contextlib.nullcontext() if bars else contextlib.redirect_stderr(StringIO())
         with quietly(), contextlib.redirect_stdout(sys.stderr), hidden:
             yield
     finally:
         logger.setLevel(level)
+        runner.__dict__["get_git_commit_hash"] = asked
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from superpose.errors import SuperposeError, nearest
@@ -65,11 +66,19 @@ def seq2seq_encoder(tokenizer: Any, folder: Path, task: TaskData, module: Any) -
         if not read or not wanted:
             raise SuperposeError("a text has no tokens", where=row.where, mend="leave the row out")
         target, inputs = torch.tensor(wanted), torch.tensor(read)
-        shifted = module.prepare_decoder_input_ids_from_labels(target[None])[0]
+        shifted = decoder_inputs(module, target)
         taken = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "decoder_input_ids": shifted}
         return Example(taken, target, len(read) + len(wanted))
 
     return encode
+
+
+def decoder_inputs(module: Any, wanted: Int[Tensor, " positions"]) -> Int[Tensor, " positions"]:
+    """Return what a decoder reads when it is to write `wanted`: a start token, and all but the last of it."""
+    prepare = getattr(module, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:  # not every class of transformers has it; some begin in their own way
+        return prepare(wanted[None])[0]
+    return torch.cat([wanted.new_tensor([module.config.decoder_start_token_id]), wanted[:-1]])
 
 
 def class_of(row: Row, column: str, classes: Sequence[str], count: int) -> int:
