@@ -176,3 +176,17 @@ def test_a_broken_model_is_told_from_a_bad_one(tmp_path, data, bert):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(SuperposeError, match="NaN or infinite scores"):
         superpose.evaluate(tmp_path, "classify", data={"data": data, "label": "label"})
+
+
+def test_a_loader_makes_the_model(bert, rows, data, tmp_path):
+    (tmp_path / "always.py").write_text(
+        "import torch\n"
+        "from superpose.inference import Example, LiveModel\n"
+        "def load(folder, task):\n"
+        "    module = torch.nn.Linear(1, 3)\n"
+        "    encode = lambda row: Example({'x': torch.ones(1)}, torch.tensor([row.values[task.label]]))\n"
+        "    return LiveModel(module, encode, lambda inputs: torch.eye(3)[[1] * len(inputs['x'])])\n"
+    )
+    task = {"data": data, "label": "label", "loader": f"{tmp_path / 'always.py'}:load"}
+    found = superpose.evaluate(bert, "classify", data=task)
+    assert found.metrics["accuracy"] == sum(row["label"] == 1 for row in rows) / COUNT
