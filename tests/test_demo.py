@@ -285,7 +285,7 @@ def tasks():
 
 def tune(base: Path, tasks, cache: Path, **training):
     from superpose.demo.finetune import Training, finetune
-    from superpose.demo.threads import in_threads
+    from superpose.one_thread_each import in_threads
 
     recipe = Training(**{"learning_rate": 3e-3, "epochs": 4, **training})
     return in_threads(lambda task, stop: finetune(base, task, recipe, cache, stop), tasks)
@@ -407,7 +407,7 @@ def test_a_model_folder_without_all_weights_is_refused(base, tmp_path):
 
 
 def test_a_failure_in_one_thread_stops_the_others():
-    from superpose.demo.threads import in_threads
+    from superpose.one_thread_each import in_threads
 
     threads = torch.get_num_threads()
     torch.set_num_threads(3)

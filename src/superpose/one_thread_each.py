@@ -23,6 +23,8 @@ def in_threads(
     function: Callable[[Item, threading.Event], Result],
     items: Sequence[Item],
     finished: Callable[[Item, Result], None] = lambda item, result: None,
+    *,
+    workers: int | None = None,
 ) -> list[Result]:
     """Return the result for each item; as many at a time as there are cores.
 
@@ -31,13 +33,14 @@ def in_threads(
             when another item failed or the user interrupted.
         items: the items.
         finished: called in the caller's thread with each item and its result, in the order they are ready.
+        workers: items at a time; one for each core when not given.
 
     Returns:
         The results, in the order of the items.
     """
     stop = threading.Event()
-    workers = max(1, min(len(items), os.cpu_count() or 1))
-    with _one_torch_thread(), ThreadPoolExecutor(workers, "demo", torch.set_num_threads, (1,)) as pool:
+    at_once = max(1, min(len(items), workers or os.cpu_count() or 1))
+    with _one_torch_thread(), ThreadPoolExecutor(at_once, "models", torch.set_num_threads, (1,)) as pool:
         futures = {pool.submit(function, item, stop): item for item in items}
         try:
             for future in as_completed(futures):

@@ -155,7 +155,7 @@ def _say_what_is_missing(archives: Sequence[Archive], demo: _Demo) -> None:
 
 def _finetune_all(demo: _Demo, base: Path, tasks: Sequence[EncodedTask]) -> list[FineTuned]:
     from superpose.demo.finetune import Training, finetune
-    from superpose.demo.threads import in_threads
+    from superpose.one_thread_each import in_threads
 
     start = time.perf_counter()
     training = Training()
@@ -193,7 +193,7 @@ def _merge_and_score(
     with scratch_folder(demo.home) as scratch:
         for method in api.list_methods():
             if method.needs:
-                left_out[method.name] = method.needs
+                left_out[method.name] = frozenset(method.needs)
                 demo.say(f"{method.name}: left out, it needs {', '.join(sorted(method.needs))}")
                 continue
             folder = demo.merged if method.name == KEPT_METHOD else scratch / method.name

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from superpose.demo.encoder import Labelled, features, load_body
 from superpose.demo.finetune import FineTuned
-from superpose.demo.threads import in_threads
+from superpose.one_thread_each import in_threads
 
 BATCH = 32
 
