@@ -131,6 +131,23 @@ def lay_out_beside(layout: Layout, file: str, tensors: Iterable[tuple[str, str, 
     return Layout(layout.files, {**layout.slots, **slots}, (*layout.beside, OutputFile(file, header, size)))
 
 
+def lay_out_file(file: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Layout:
+    """Return the layout of a single file of a name of its own.
+
+    Args:
+        file: its path in the output's folder.
+        tensors: (name, dtype name, shape) of each.
+        metadata: texts that its header holds.
+
+    Returns:
+        The layout.
+    """
+    sized = [(name, dtype, shape, TORCH_DTYPES[dtype].itemsize * prod(shape)) for name, dtype, shape in tensors]
+    header, offsets, size = _header(sized, metadata)
+    slots = {name: Slot(file, offsets[name], nbytes) for name, _, _, nbytes in sized}
+    return Layout((OutputFile(file, header, size),), slots)
+
+
 class StreamWriter:
     """Writes tensors at their places in files of full size; any thread may write any part at any time.
 
@@ -235,9 +252,11 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data.cast("B")
 
 
-def _header(shard: list[tuple[str, str, tuple[int, ...], int]]) -> tuple[bytes, dict[str, int], int]:
+def _header(
+    shard: list[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int], int]:
     """Return a file's header, each tensor's first byte, and the file's size."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     # Wide dtypes first, so that every tensor is aligned to its own size, as readers expect.
     ordered = sorted(shard, key=lambda tensor: (-TORCH_DTYPES[tensor[1]].itemsize, tensor[0]))
     end, starts = 0, {}
