@@ -31,7 +31,7 @@ for text in found.suggestions:
     print("-", text)
 
 tuned = [models["math"], models["code"]]
-for method in superpose.list_methods():
+for method in (method for method in superpose.list_methods() if not method.needs):
     merged = superpose.merge_tensors(base, tuned, method.name)
     moved = merged["layers.0.proj.weight"] - base["layers.0.proj.weight"]
     strength = float((moved * shared).sum() / shared.square().sum())

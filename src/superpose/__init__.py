@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 from superpose.errors import Problems, SuperposeError
 
 if TYPE_CHECKING:
-    from superpose.api import compare, evaluate, extract, inspect, list_methods, merge, merge_scaled, plan, rebuild
+    from superpose.api import (
+        compare,
+        compute_statistics,
+        evaluate,
+        extract,
+        inspect,
+        list_methods,
+        merge,
+        merge_scaled,
+        plan,
+        rebuild,
+    )
     from superpose.in_memory import merge_tensors, merge_to_set
     from superpose.kinds import Kind
     from superpose.recipe import Recipe
@@ -27,6 +38,7 @@ __all__ = [
     "RunRecord",
     "SuperposeError",
     "compare",
+    "compute_statistics",
     "evaluate",
     "extract",
     "inspect",
@@ -45,6 +57,7 @@ _HOMES = {
     "Recipe": "superpose.recipe",
     "RunRecord": "superpose.records",
     "compare": "superpose.api",
+    "compute_statistics": "superpose.api",
     "evaluate": "superpose.api",
     "extract": "superpose.api",
     "inspect": "superpose.api",

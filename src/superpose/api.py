@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from superpose.recipe import Recipe, load_recipe, parse_bytes
 from superpose.records import RunRecord
 from superpose.registry import Method, registered
 from superpose.run import Report, device_of, run_plan
+from superpose.statistics import Advance, Request, check_output_file, compute, prepare
 from superpose.task_data import TaskData, make_task
 
 FACTOR = "{scaling_factor}"
@@ -359,6 +361,62 @@ def evaluate(
     raise_all(check_device(Settings(device)))
     place = torch.device(device_of(device))
     return evaluate_model(str(model), by, task=task, options=options, device=place, report=report)
+
+
+def compute_statistics(
+    kind: str,
+    model: str | Path,
+    task: TaskData | Mapping[str, Any],
+    output: str | Path,
+    *,
+    labels: str = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+    memory: int | str = "4GiB",
+    overwrite: bool = False,
+    only_plan: bool = False,
+    begin: Callable[[Request], None] = lambda request: None,
+    report: Callable[[Advance], None] = lambda advance: None,
+) -> Request:
+    """Pass data through a model and write what Fisher merging or RegMean needs of it.
+
+    Args:
+        kind: "fisher" or "gram".
+        model: folder, hub id, or MODEL+ADAPTER.
+        task: the data, and how the model reads it; a mapping as in a recipe.
+        output: the file, which appears when it is complete.
+        labels: for "fisher", over which answers squared gradients are taken: "exact" (a classifier's classes),
+            "sampled" (one drawn from the model's predictions), "empirical" (the data's own), or "auto", the first or
+            second.
+        device: "cpu", "cuda", "cuda:N" or "auto".
+        threads: of the arithmetic; all cores when not given. Another number can change last digits; the file tells it.
+        memory: bytes of one pass's sums at most, such as "4GiB"; more passes where a model's are larger.
+        overwrite: whether a file of that name is replaced.
+        only_plan: whether to stop before any data is passed through.
+        begin: called when model and data are read, before they are used.
+        report: called as the passes go on.
+
+    Returns:
+        What was computed, with its provenance in `metadata`.
+
+    Raises:
+        SuperposeError: the model, the data or a row is not as it should be, or the output exists.
+    """
+    place = absolute(output)
+    raise_all(check_device(Settings(device=device)))
+    if not only_plan:
+        check_output_file(place, overwrite=overwrite)
+    where, before = torch.device(device_of(device)), torch.get_num_threads()
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    try:
+        made = task if isinstance(task, TaskData) else make_task(task, where="task")
+        request = prepare(kind, str(model), made, labels=labels, memory=_bytes(memory), device=where)
+        begin(request)
+        if not only_plan:
+            compute(request, place, overwrite=overwrite, device=where, report=report)
+    finally:
+        torch.set_num_threads(before)
+    return request
 
 
 def list_methods() -> list[Method]:

@@ -28,6 +28,8 @@ def merge_tensors(
     kinds: Mapping[str, Kind] | None = None,
     seed: int = 0,
     names: Sequence[str] | None = None,
+    statistics: Sequence[Mapping[str, Tensor]] | None = None,
+    learned: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Merge mappings of tensors in memory, by the code that merges files.
@@ -40,6 +42,10 @@ def merge_tensors(
         kinds: what each tensor is in its network; told by names and shapes where not given.
         seed: for methods that draw random numbers.
         names: one per tuned model; a model's random numbers go by its name. "model 1" and so on when not given.
+        statistics: of each tuned model, by the tensor's name: Fisher information in the tensor's shape (`fisher`), or
+            the Gram matrix of a linear map's inputs (`regmean`); what is not there is averaged.
+        learned: what a method learns from data: coefficients, shape (tasks,), by the tensor's name or "*" for all
+            (`adamerging`, `lorahub`), or masks, shape (tasks, *shape) (`localize_and_stitch`). Nothing is learned here.
         **options: options of the method.
 
     Returns:
@@ -49,7 +55,11 @@ def merge_tensors(
         SuperposeError: something does not fit.
         Problems: several things do not.
     """
-    items, context = _plan_in_memory(base, tuned, method, options, weights, kinds, seed, names)
+    if statistics is not None and len(statistics) != len(tuned):
+        what = f"statistics of {len(statistics)} models for {len(tuned)}"
+        raise SuperposeError(what, where="statistics", mend="give one mapping per model")
+    known = (statistics, learned)
+    items, context = _plan_in_memory(base, tuned, method, options, weights, kinds, seed, names, known)
     merged, _ = merge_in_memory(items, context)
     tied = {alias: merged[owner] for alias, owner in shared_memory(base).items()}
     return {name: merged[name] if name in merged else tied[name] for name in base}
@@ -96,6 +106,7 @@ def _plan_in_memory(
     kinds: Mapping[str, Kind] | None,
     seed: int,
     names: Sequence[str] | None,
+    known: tuple[Sequence[Mapping[str, Tensor]] | None, Mapping[str, Tensor] | None] = (None, None),
 ) -> tuple[list[WorkItem], Context]:
     """Return the items of a merge in memory and what they share."""
     if not tuned:
@@ -111,5 +122,5 @@ def _plan_in_memory(
     if not all(math.isfinite(share) for share in shares):
         raise SuperposeError("a weight is no finite number", where="weights", mend="give finite numbers")
     recipe = Recipe(base="base", models=models, method=method, options=dict(options), seed=seed)
-    items = plan_tensors(base, tuned, recipe, kinds)
+    items = plan_tensors(base, tuned, recipe, kinds, *known)
     return items, Context(recipe.task_names, tuple(shares), torch.device("cpu"), measure=False, seed=seed)

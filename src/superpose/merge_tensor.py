@@ -30,7 +30,7 @@ from superpose.parts import Context, Part, parts_of
 from superpose.planning import CHUNK, SURVEY_CHUNK, WorkItem
 from superpose.reading import read_tensor
 from superpose.records import TensorRecord
-from superpose.registry import Merged, MergedFactors, Method, find_method
+from superpose.registry import Grams, Merged, MergedFactors, Method, find_method
 from superpose.sink import Write
 
 
@@ -130,7 +130,8 @@ def _merge_in_pieces(part: Part, method: Method, survey: Any, sink: Outputs) -> 
         stop = min(start + CHUNK, numel)
         stacked, base = part.read(start, stop)
         within = survey.within(start, stop) if survey is not None else None
-        merged = _call(method, part, stacked, base, within, part.generator.within(start))
+        known = part.statistics(start, stop), part.learned(start, stop)
+        merged = _call(method, part, stacked, base, within, part.generator.within(start), known)
         sink.add(merged.tensor, base, method.acts_on)
         sink.add_beside(merged.beside)
         warnings += _warnings(merged, part)
@@ -146,10 +147,16 @@ def _merge_whole(part: Part, stacked: Tensor, base: Tensor, method: Method, surv
     """Merge a part that its method has to see as a whole; measure it if that is asked for."""
     shape = part.base.shape
     stacked, base = stacked.reshape(len(part.tuned), *shape), base.reshape(shape)
-    merged = _call(method, part, stacked, base, survey, part.generator)
+    statistics, learned = part.statistics(0, base.numel()), part.learned(0, base.numel())
+    if isinstance(statistics, Tensor):
+        statistics = statistics.reshape(stacked.shape)
+    if learned is not None and learned.dtype == torch.bool:
+        learned = learned.reshape(stacked.shape)
+    known = statistics, learned
+    merged = _call(method, part, stacked, base, survey, part.generator, known)
     measures: Mapping[str, Any] = {}
     if part.context.measure and part.item.kind in MATRIX_KINDS:
-        measures = _measure(part, method, stacked, base, survey)
+        measures = _measure(part, method, stacked, base, survey, known)
     sink.add(merged.tensor, base, method.acts_on)
     sink.add_beside(merged.beside)
     stats = dict(merged.stats)
@@ -175,6 +182,7 @@ def _call_in_factors(method: Method, part: Part, survey: Any, **changed: Any) ->
     return method.factored(
         part.factors, replace(part.item.options, **changed), kind=part.item.kind, survey=survey,
         generator=part.generator, weights=torch.tensor(part.context.weights, dtype=torch.float64),
+        learned=part.learned(0, 0),
     )  # fmt: skip
 
 
@@ -184,7 +192,14 @@ def _unscaled(part: Part) -> dict[str, float]:
 
 
 def _call(
-    method: Method, part: Part, stacked: Tensor, base: Tensor, survey: Any, generator: Generator, **changed: Any
+    method: Method,
+    part: Part,
+    stacked: Tensor,
+    base: Tensor,
+    survey: Any,
+    generator: Generator,
+    known: tuple[Tensor | Grams | None, Tensor | None],
+    **changed: Any,
 ) -> Merged:
     options = replace(part.item.options, **changed) if changed else part.item.options
     # Running statistics are averaged whatever the models weigh: a weighted variance can be negative.
@@ -192,15 +207,22 @@ def _call(
     weights = None if equal else torch.tensor(part.context.weights, dtype=torch.float64)
     return method(
         stacked, options, kind=part.item.kind, weights=weights, base=base, survey=survey, generator=generator,
-        cache=part.context.cache,
+        cache=part.context.cache, statistics=known[0], learned=known[1],
     )  # fmt: skip
 
 
-def _measure(part: Part, method: Method, stacked: Tensor, base: Tensor, survey: Any) -> dict[str, Any]:
+def _measure(
+    part: Part,
+    method: Method,
+    stacked: Tensor,
+    base: Tensor,
+    survey: Any,
+    known: tuple[Tensor | Grams | None, Tensor | None],
+) -> dict[str, Any]:
     """Measure how well the merged matrix, before scaling, answers the features of the task matrices."""
     if part.item.kind is Kind.LINEAR and len(part.base.shape) != 2:
         return {}  # a stack of maps: no single matrix
-    merged = _call(method, part, stacked, base, survey, part.generator, **_unscaled(part)).tensor
+    merged = _call(method, part, stacked, base, survey, part.generator, known, **_unscaled(part)).tensor
     task_vectors = stacked
     if method.acts_on == "weights":
         merged, task_vectors = merged - base, stacked - base

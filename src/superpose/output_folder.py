@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -41,9 +41,9 @@ def make_partial(folder: Path) -> None:
         ) from error
 
 
-def remove_strangers(folder: Path, layout: Layout) -> None:
-    """Remove what an earlier, different merge left in its folder."""
-    known = {Path(file.name).parts[0] for file in layout.all_files} | {JOURNAL_FILE}
+def remove_strangers(folder: Path, layout: Layout, keep: Iterable[str] = ()) -> None:
+    """Remove what an earlier, different merge left in its folder, but for files of these names."""
+    known = {Path(file.name).parts[0] for file in layout.all_files} | {JOURNAL_FILE, *keep}
     for entry in folder.iterdir():
         if entry.name not in known:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

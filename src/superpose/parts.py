@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from superpose.checkpoints.adapted import AdaptedTensor
 from superpose.checkpoints.headers import TensorHeader
 from superpose.errors import SuperposeError
+from superpose.maths.bits import packed_bytes, unpack
 from superpose.maths.finite import is_finite
 from superpose.maths.low_rank import LowRank
 from superpose.maths.randomness import Generator
 from superpose.maths.streaming import TensorChunks
 from superpose.planning import WorkItem
 from superpose.reading import Update, read_tensor, read_update
-from superpose.registry import Cache, find_method
+from superpose.registry import Cache, Grams, find_method
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,65 @@ class Part:
         return TensorChunks(
             len(self.tuned), self.base.numel(), size, read, self.context.weights,
             tuple(self.base.shape), self.item.kind, self.generator, self.factors if self.item.in_factors else None,
+            self._squared_gradients if self.item.statistics else None,
         )  # fmt: skip
+
+    def statistics(self, start: int, stop: int) -> Tensor | Grams | None:
+        """Return what the models' data says of the entries start..stop of the flattened tensor.
+
+        Args:
+            start: first entry.
+            stop: one past the last entry.
+
+        Returns:
+            Squared gradients, shape (tasks, entries), zero where a model has none; or the Gram matrices of a linear
+            map; None where the method needs neither, or not every model has them.
+
+        Raises:
+            SuperposeError: a file of statistics holds NaN or infinity.
+        """
+        found = self.item.statistics
+        if not found or find_method(self.item.method).statistics == "fisher":
+            return self._squared_gradients(start, stop) if found else None
+        if any(header is None for header in found):
+            return None
+        matrices = tuple(read_tensor(header).to(self.context.device) for header in found if header is not None)
+        for header, matrix in zip(found, matrices, strict=True):
+            self._check_statistics(header, matrix.reshape(-1))
+        return Grams(matrices, self.item.in_x_out)
+
+    def _squared_gradients(self, start: int, stop: int) -> Float[Tensor, "tasks entries"]:
+        shape = (len(self.item.statistics), stop - start)
+        stacked = torch.zeros(shape, dtype=self.item.compute, device=self.context.device)
+        for row, header in zip(stacked, self.item.statistics, strict=True):
+            if header is not None:
+                row.copy_(read_tensor(header).reshape(-1)[start:stop])
+                self._check_statistics(header, row)
+        return stacked
+
+    def _check_statistics(self, header: TensorHeader | None, entries: Tensor) -> None:
+        if header is not None and not is_finite(entries):
+            where = f"{header.file}, tensor {header.name}"
+            mend = "make the file again, from a model whose outputs are finite"
+            raise SuperposeError("statistics hold NaN or infinity", where=where, mend=mend)
+
+    def learned(self, start: int, stop: int) -> Tensor | None:
+        """Return what was learned for the tensor, one row per task.
+
+        Args:
+            start: first entry, of a mask.
+            stop: one past the last entry.
+
+        Returns:
+            Coefficients, shape (tasks,), or masks, shape (tasks, entries); None where nothing was learned.
+        """
+        if self.item.learned is None:
+            return None
+        header, rows = self.item.learned
+        found = read_tensor(header)[list(rows)].to(self.context.device)
+        if found.dtype != torch.uint8:
+            return found
+        return torch.stack([unpack(row[start // 8 : packed_bytes(stop)], stop - start) for row in found])
 
     @property
     def generator(self) -> Generator:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from superpose.errors import SuperposeError, nearest, raise_all
 from superpose.kinds import Kind
+from superpose.task_data import TaskData
 
 DEFAULT_METHOD = "stf"
 _UNITS = {
@@ -65,6 +66,10 @@ class ModelEntry(_Strict):
     path: Annotated[str, BeforeValidator(_path_text)]
     weight: float = Field(default=1.0, allow_inf_nan=False)
     name: str = ""
+    statistics: Annotated[str, BeforeValidator(_path_text)] = ""
+    """File that `superpose statistics` made of this model, for methods that need one."""
+    task: TaskData | None = None
+    """Data of the model's task, for methods that learn from some."""
 
 
 class Rule(_Strict):
@@ -133,6 +138,10 @@ class Recipe(_Strict):
     rules: tuple[Rule, ...] = ()
     dtype: Literal["base", "float64", "float32", "float16", "bfloat16"] = "base"
     seed: int = 0
+    task: TaskData | None = None
+    """Data of a new task, for methods that learn coefficients for one."""
+    learned: Annotated[str, BeforeValidator(_path_text)] = ""
+    """What an earlier merge learned: its folder, or the file in it. Nothing is learned then, and no data is read."""
     output: Output = Output()
 
     @model_validator(mode="after")
@@ -243,6 +252,8 @@ def _problem(detail: dict[str, Any], where: str, lines: Mapping[tuple, int]) -> 
 
 
 def _owner(path: tuple) -> type[BaseModel]:
+    if "task" in path:
+        return TaskData
     homes: dict[Any, type[BaseModel]] = {"models": ModelEntry, "rules": Rule, "output": Output}
     return homes.get(path[0], Recipe) if path else Recipe
 

@@ -64,6 +64,7 @@ class RunRecord:
         tensors: one record per tensor of the output, by name.
         warnings: of all tensors and of the plan.
         totals: counts, bytes, seconds.
+        learned: what was learned from data: by which method, from which data, coefficients, the file that holds it all.
     """
 
     output: str
@@ -74,6 +75,7 @@ class RunRecord:
     tensors: tuple[TensorRecord, ...]
     warnings: tuple[str, ...]
     totals: Mapping[str, Any]
+    learned: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the record as JSON text."""

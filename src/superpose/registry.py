@@ -8,6 +8,8 @@ function itself. What the function wants beyond the tensors and its options it n
     base      the base tensor, shape (*shape)
     survey    numbers measured beforehand over the whole model (see `Survey`)
     generator the tensor's random numbers (see `superpose.maths.randomness`)
+    statistics  of each model on its data: squared gradients of the tensor's shape, or `Grams`; None without
+    learned   what was learned from data for the tensor: a number or a mask per task; None without
     cache     remembers what is costly to compute (see `Cache`), None where there is none
 """
 
@@ -26,7 +28,7 @@ from superpose.kinds import Kind
 if TYPE_CHECKING:
     from torch import Tensor
 
-WANTED_BY_NAME = frozenset({"kind", "weights", "base", "survey", "generator", "cache"})
+WANTED_BY_NAME = frozenset({"kind", "weights", "base", "survey", "generator", "cache", "statistics", "learned"})
 LAWS = ("single", "same", "perm", "zero", "scale")
 
 
@@ -110,6 +112,19 @@ class Factored:
         wants = list(inspect.signature(self.function).parameters)[2:]
         result = self.function(tasks, options, **{name: available[name] for name in wants})
         return result if isinstance(result, MergedFactors) else MergedFactors(result)
+
+
+@dataclass(frozen=True)
+class Grams:
+    """Gram matrices of one linear map's inputs, one per model.
+
+    Args:
+        matrices: the mean of x x^T over each model's data, shape (in, in); float32 views of files, never written to.
+        in_x_out: whether the map's weight is stored in x out.
+    """
+
+    matrices: tuple[Tensor, ...]
+    in_x_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -223,7 +238,9 @@ class Method:
     survey: Survey | None
     cost: Callable[[Sequence[int], int, Any], Cost] | None
     breaks: Mapping[str, Breach]
-    needs: frozenset[str]
+    statistics: Literal["fisher", "gram"] | None
+    learns: Callable[[Any], bool] | None
+    without_data: str
     models: tuple[int, int | None]
     plain: Mapping[str, Any]
     notes: Callable[[Any, int], Sequence[str]] | None
@@ -250,6 +267,14 @@ class Method:
     def holds(self, law: str, kind: Kind) -> bool:
         """Whether a law holds for tensors of a kind."""
         return law not in self.breaks or kind not in self.breaks[law].kinds
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What it needs beyond weights, in words."""
+        found = [f"{self.statistics} statistics"] if self.statistics else []
+        if self.learns is not None and self.learns(self.options()) and not self.without_data:
+            found.append("data, or what was learned from it")
+        return tuple(found)
 
     def reads_base(self, options: Any) -> bool:
         """Whether it reads the base's weights, beside what task vectors tell."""
@@ -288,7 +313,9 @@ def merge_method(
     survey: Survey | None = None,
     cost: Callable[[Sequence[int], int, Any], Cost] | None = None,
     breaks: Mapping[str, str | Breach] | None = None,
-    needs: Iterable[str] = (),
+    statistics: Literal["fisher", "gram"] | None = None,
+    learns: Callable[[Any], bool] | None = None,
+    without_data: str = "",
     models: tuple[int, int | None] = (1, None),
     plain: Mapping[str, Any] | None = None,
     notes: Callable[[Any, int], Sequence[str]] | None = None,
@@ -310,7 +337,10 @@ def merge_method(
         survey: passes over the whole model beforehand.
         cost: (shape, tasks, options) -> `Cost` of merging one whole tensor.
         breaks: the laws (see `LAWS`) that the method breaks by design, each with the reason or a `Breach`.
-        needs: what it needs beyond weights, such as "statistics".
+        statistics: kind of file that it needs of each model, which `superpose statistics` makes. Fisher information
+            comes in the shape of the tensor (or piece); Gram matrices as `Grams`, for linear maps alone.
+        learns: (options) -> whether something is learned from data first, by `superpose.learning` under its name.
+        without_data: what it does instead where a recipe has no data; an error, when not given.
         models: fewest and most tuned models it can merge; None for no limit.
         plain: the options under which nothing is left out and nothing scaled; density 1 and scaling factor 1, as far as
             it has them, when not given.
@@ -340,7 +370,7 @@ def merge_method(
             raise ValueError(f"a method named {name} exists: {_METHODS[name].function.__module__}")
         _METHODS[name] = Method(
             name, function, options, source, acts_on, frozenset(whole_for), survey, cost,
-            breaches, frozenset(needs), models, _plain(options) if plain is None else plain,
+            breaches, statistics, learns, without_data, models, _plain(options) if plain is None else plain,
             notes, beside, factored, for_adapters or {}, needs_base, wants,
         )  # fmt: skip
         return function

@@ -6,7 +6,7 @@ import contextlib
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from operator import iadd
@@ -28,11 +28,12 @@ from superpose.decompositions import open_cache
 from superpose.elsewhere import MergeElsewhere, merge_elsewhere, with_inputs_checked
 from superpose.errors import SuperposeError, raise_all
 from superpose.journal import Journal
+from superpose.learning import STATE_FOLDER, learn_first
 from superpose.merge_tensor import merge_item, survey_item
 from superpose.output_folder import locked, make_partial, publish, remove_strangers, settle_replaced
 from superpose.own_code import code_digest
 from superpose.parts import Context
-from superpose.planning import Plan, WorkItem, check_output
+from superpose.planning import LEARNED_FILE, Plan, WorkItem, check_output
 from superpose.plug_ins import plug_in_digest
 from superpose.reading import close_readers, read_ahead
 from superpose.records import RECORD_FILE, RunRecord, TensorRecord
@@ -48,10 +49,10 @@ class Progress:
     """How far a merge has come.
 
     Args:
-        phase: "survey" or "merge".
-        done: tensors done, in this phase.
-        total: tensors to do, in this phase.
-        bytes_done: bytes of the output, or read by the survey, done.
+        phase: "learn", "survey" or "merge".
+        done: tensors done, in this phase; steps, where something is learned.
+        total: tensors (or steps) to do, in this phase.
+        bytes_done: bytes of the output, or read by the survey, done; steps, where something is learned.
         bytes_total: bytes to do.
     """
 
@@ -90,16 +91,17 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None, cache: Cach
                 "the cache would become part of the output", where=f"--cache {settings.cache}", mend=mend
             )
         cache = open_cache(Path(settings.cache), settings.cache_size)
-    backend = make_backend(settings.backend, settings.workers, settings.memory, settings.ray_address)
-    backend = with_inputs_checked(backend, plan.items)
     with locked(partial_folder), contextlib.ExitStack() as ending:
         ending.callback(close_readers)
-        ending.callback(backend.close)
         settle_replaced(output)
         raise_all(check_output(plan.base, plan.tuned, output, overwrite=plan.settings.overwrite))
         make_partial(partial_folder)
         journal = Journal(partial_folder)
-        remove_strangers(partial_folder, plan.layout)
+        remove_strangers(partial_folder, plan.layout, keep=(LEARNED_FILE, STATE_FOLDER))
+        plan, learned = _learn(plan, partial_folder, report or (lambda _: None), cache)
+        backend = make_backend(settings.backend, settings.workers, settings.memory, settings.ray_address)
+        ending.callback(backend.close)
+        backend = with_inputs_checked(backend, plan.items)
         with contextlib.closing(StreamWriter(partial_folder, plan.layout)) as writer:
             finished = journal.finished(plan.items, writer)
             records = _merge_all(plan, backend, journal, writer, finished, report or (lambda _: None), cache)
@@ -107,6 +109,7 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None, cache: Cach
         if plan.recipe.output.form != "model":
             records = write_adapter(partial_folder, plan, records)
         record = _make_record(plan, output, records, backend, len(finished), time.perf_counter() - started)
+        record = replace(record, learned=learned)
         _write_sidecars(plan, partial_folder, record)
         raise_all(check_output(plan.base, plan.tuned, output, overwrite=plan.settings.overwrite))
         publish(partial_folder, output)
@@ -139,6 +142,35 @@ def merge_in_memory(items: Sequence[WorkItem], context: Context) -> tuple[dict[s
     return merged, records
 
 
+def _learn(plan: Plan, folder: Path, report: Report, cache: Cache | None) -> tuple[Plan, Mapping[str, Any]]:
+    """Learn what the method learns from data, on this machine, before anything is merged."""
+    context = _context(plan, cache)
+
+    def tell(done: int, total: int) -> None:
+        report(Progress("learn", done, total, done, total))
+
+    def surveys(items: Sequence[WorkItem], of: Context) -> Mapping[Any, Any]:
+        backend = make_backend("threads", plan.settings.workers, plan.settings.memory)
+        try:
+            return survey_all(items, items, backend, of, report)
+        finally:
+            backend.close()
+
+    return learn_first(plan, folder, context, surveys, tell)
+
+
+def _context(plan: Plan, cache: Cache | None) -> Context:
+    return Context(
+        plan.recipe.task_names,
+        plan.weights,
+        torch.device(device_of(plan.settings.device)),
+        plan.settings.measure,
+        plan.recipe.seed,
+        cache,
+        plan.settings.split_tensors,
+    )
+
+
 def _merge_all(
     plan: Plan,
     backend: Backend,
@@ -149,15 +181,7 @@ def _merge_all(
     cache: Cache | None,
 ) -> list[TensorRecord]:
     """Merge what is not finished, largest first, and return all records by name."""
-    context = Context(
-        plan.recipe.task_names,
-        plan.weights,
-        torch.device(device_of(plan.settings.device)),
-        plan.settings.measure,
-        plan.recipe.seed,
-        cache,
-        plan.settings.split_tensors,
-    )
+    context = _context(plan, cache)
     waiting = [item for item in plan.items if item.name not in finished]
     surveys = survey_all(plan.items, waiting, backend, context, report)
     waiting.sort(key=lambda item: (-item.memory, -item.flops, item.name))
@@ -317,8 +341,14 @@ def _make_record(
             "place": _place(checkpoint),
             "revision": checkpoint.revision,
             "files": [{"name": file.name, "bytes": file.stat().st_size} for file in checkpoint.files],
+            **({"statistics": dict(statistics)} if statistics else {}),
         }
-        for name, checkpoint in zip(("base", *plan.recipe.task_names), (plan.base, *plan.tuned), strict=True)
+        for name, checkpoint, statistics in zip(
+            ("base", *plan.recipe.task_names),
+            (plan.base, *plan.tuned),
+            ({}, *(plan.statistics or [{}] * len(plan.tuned))),
+            strict=True,
+        )
     )
     warnings = tuple(plan.notes) + tuple(warning for record in records for warning in record.warnings)
     return RunRecord(

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from superpose import merge_tensors
 from superpose.maths.streaming import TensorChunks
-from superpose.methods.consensus import ConsensusOptions, ConsensusSurvey, consensus, consensus_notes
+from superpose.maths.trim_survey import TrimSurvey
+from superpose.methods.consensus import ConsensusOptions, consensus, consensus_notes
 from superpose.methods.task_arithmetic import TaskArithmeticOptions, task_arithmetic
 
 DTYPES = [(torch.float32, 1e-6), (torch.float64, 1e-12)]
@@ -105,7 +106,7 @@ def test_equals_the_formula_where_both_sides_of_the_masks_tie(tasks, entries, se
 
 def merge_model(tensors, options, dtype):
     """Merge tensors after the survey's passes over all of them, reading three entries at a time."""
-    survey = ConsensusSurvey()
+    survey = TrimSurvey()
     stacks = {name: torch.from_numpy(rows).to(dtype) for name, rows in tensors.items()}
     chunks = {
         name: TensorChunks(*stack.shape, 3, lambda start, stop, stack=stack: stack[:, start:stop])

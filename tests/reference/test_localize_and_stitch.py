@@ -189,3 +189,40 @@ def test_degenerate_masks_beyond_the_nonzero_entries_hold_those_alone():
     rows = np.zeros((3, 20))
     rows[0, :2], rows[1, 1:4] = 3.0, -1.0
     assert merge(rows, density=0.9).tolist() == [3, 1, -1, -1] + [0] * 16
+
+
+def test_worked_example_of_learned_masks():
+    task_vectors = in_double([2, 4], [6, 0])
+    masks = torch.tensor([[True, True], [True, False]])
+    options = LocalizeAndStitchOptions(masks="learned")
+    assert torch.equal(localize_and_stitch(task_vectors, options, learned=masks), in_double([4, 4])[0])
+    named = {"layer.weight": task_vectors[:1]}
+    merged = merge_tensors(
+        {"layer.weight": torch.zeros(1, 2, dtype=torch.float64)},
+        [named, {"layer.weight": task_vectors[1:]}],
+        "localize_and_stitch",
+        masks="learned",
+        learned={"layer.weight": masks},
+    )
+    assert torch.equal(merged["layer.weight"], in_double([4, 4]))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_formula_for_learned_masks(shape, dtype, tolerance):
+    task_vectors = random_stack(3, *shape, dtype=dtype)
+    masks = torch.rand(3, *shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    merged = localize_and_stitch(task_vectors, LocalizeAndStitchOptions(masks="learned"), learned=masks)
+    rows, told = task_vectors.double().numpy().reshape(3, -1), masks.numpy().reshape(3, -1) & True
+    assert_close(merged, stitched(rows, told & (rows != 0)), tolerance)
+
+
+def test_degenerate_all_masks_are_averaging_and_disjoint_ones_add_up():
+    task_vectors = random_stack(3, 4, 5)
+    options = LocalizeAndStitchOptions(masks="learned")
+    everything = torch.ones(3, 4, 5, dtype=torch.bool)
+    assert torch.allclose(localize_and_stitch(task_vectors, options, learned=everything), task_vectors.mean(dim=0))
+    assert torch.equal(localize_and_stitch(task_vectors[:1], options, learned=everything[:1]), task_vectors[0])
+    disjoint = torch.arange(20).reshape(4, 5) % 3 == torch.arange(3)[:, None, None]
+    added = torch.where(disjoint, task_vectors, 0.0).sum(dim=0)
+    assert torch.equal(localize_and_stitch(task_vectors, options, learned=disjoint), added)

@@ -20,7 +20,8 @@ def random_stack(tasks, *shape, dtype=torch.float64):
 def compose(pairs, weights, space):
     given = torch.tensor(weights, dtype=torch.float64)
     tasks = [LowRank(up, down) for up, down in pairs]
-    return find_method("lorahub").factored(tasks, LorahubOptions(space=space), weights=given).update.matrix()
+    options = LorahubOptions(space=space)
+    return find_method("lorahub").factored(tasks, options, weights=given, learned=None).update.matrix()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
@@ -74,3 +75,17 @@ def test_breaks_same_identical_tasks_add_up():
 
 def test_defaults():
     assert LorahubOptions() == LorahubOptions(space="delta")
+
+
+def test_coefficients_that_were_found_take_the_place_of_the_weights():
+    task_vectors = random_stack(3, 4, 5)
+    weights, found = torch.ones(3, dtype=torch.float64), torch.tensor([0.5, -1.5, 0.0], dtype=torch.float64)
+    merged = lorahub(task_vectors, LorahubOptions(), weights=weights, learned=found)
+    assert torch.equal(merged, lorahub(task_vectors, LorahubOptions(), weights=found))
+    tasks = [LowRank(random_stack(1, 5, 2)[0], random_stack(1, 2, 4)[0])] * 3
+    method = find_method("lorahub").factored
+    for space in ("delta", "factor"):
+        given = method(tasks, LorahubOptions(space=space), weights=weights, learned=found).update.matrix()
+        assert torch.allclose(
+            given, method(tasks, LorahubOptions(space=space), weights=found, learned=None).update.matrix()
+        )

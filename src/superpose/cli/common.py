@@ -37,6 +37,12 @@ MethodName = Annotated[
     typer.Option("--method", "-m", help="Merge method (default stf); its options follow as --OPTION VALUE."),
 ]
 Weights = Annotated[str | None, typer.Option(help="One weight per fine-tune, with commas: 1,0.5,1.")]
+StatisticsFiles = Annotated[
+    str | None, typer.Option("--statistics", help="One file of `superpose statistics` per fine-tune, with commas.")
+]
+LearnedPlace = Annotated[
+    str | None, typer.Option("--learned", help="What an earlier merge learned from data: its folder; no data is read.")
+]
 Dtype = Annotated[str | None, typer.Option(help="Dtype of the output: base, float32, bfloat16, ...")]
 Seed = Annotated[int | None, typer.Option(help="Seed of methods that draw random numbers.")]
 ShardSize = Annotated[str | None, typer.Option(help="Most bytes in a file, such as 5GB.")]
@@ -83,6 +89,8 @@ def recipe_from(
     dtype: str | None,
     seed: int | None,
     output: Mapping[str, Any],
+    statistics: str | None = None,
+    learned: str | None = None,
 ) -> Recipe:
     """Return the recipe that the command line describes; flags override what a recipe file says.
 
@@ -93,6 +101,8 @@ def recipe_from(
         dtype: of the output.
         seed: of methods that draw random numbers.
         output: what comes out, as far as flags say.
+        statistics: one file per fine-tune, with commas.
+        learned: folder of an earlier merge.
 
     Returns:
         The recipe.
@@ -116,7 +126,10 @@ def recipe_from(
     if method is not None and method != content.get("method", DEFAULT_METHOD):
         content = {**content, "method": method, "options": {}}
     content["options"] = {**content.get("options", {}), **options}
-    content |= {key: value for key, value in {"dtype": dtype, "seed": seed}.items() if value is not None}
+    said = {"dtype": dtype, "seed": seed, "learned": learned}
+    content |= {key: value for key, value in said.items() if value is not None}
+    if statistics is not None:
+        content["models"] = _with_statistics(content["models"], statistics)
     if output:
         content["output"] = {**content.get("output", {}), **output}
     if weights is not None:
@@ -294,6 +307,14 @@ def split_arguments(arguments: Sequence[str], switches: Collection[str] = ()) ->
             value = rest.pop(0)
         options[name] = value
     return paths, options
+
+
+def _with_statistics(models: Sequence[dict], text: str) -> list[dict]:
+    files = text.split(",")
+    if len(files) != len(models):
+        what, mend = f"{len(files)} files for {len(models)} fine-tunes", "name one per fine-tune, with commas"
+        raise SuperposeError(what, where="--statistics", mend=mend)
+    return [{**model, "statistics": file} for model, file in zip(models, files, strict=True)]
 
 
 def _with_weights(models: Sequence[dict], text: str) -> list[dict]:

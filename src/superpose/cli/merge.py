@@ -21,6 +21,8 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the result.")],
     method: common.MethodName = None,
     weights: common.Weights = None,
+    statistics: common.StatisticsFiles = None,
+    learned: common.LearnedPlace = None,
     dtype: common.Dtype = None,
     seed: common.Seed = None,
     shard_size: common.ShardSize = None,
@@ -54,7 +56,10 @@ def merge(
 
         factors, models = scaling_factors(models, output)
         form_of_output = output_from(shard_size, form, adapter_rank, adapter_energy, per_layer_rank, rest)
-        recipe = recipe_from(models, method=method, weights=weights, dtype=dtype, seed=seed, output=form_of_output)
+        recipe = recipe_from(
+            models, method=method, weights=weights, dtype=dtype, seed=seed, output=form_of_output,
+            statistics=statistics, learned=learned,
+        )  # fmt: skip
         settings = {
             "device": device, "backend": backend, "ray_address": ray_address, "workers": workers, "memory": memory,
             "cache": cache, "cache_size": cache_size, "split_tensors": split_tensors, "measure": measure,

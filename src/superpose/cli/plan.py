@@ -23,6 +23,8 @@ def plan(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the result, to check.")] = None,
     method: common.MethodName = None,
     weights: common.Weights = None,
+    statistics: common.StatisticsFiles = None,
+    learned: common.LearnedPlace = None,
     dtype: common.Dtype = None,
     seed: common.Seed = None,
     shard_size: common.ShardSize = None,
@@ -51,7 +53,10 @@ def plan(
         from superpose import api
 
         form_of_output = output_from(shard_size, form, adapter_rank, adapter_energy, per_layer_rank, rest)
-        recipe = recipe_from(models, method=method, weights=weights, dtype=dtype, seed=seed, output=form_of_output)
+        recipe = recipe_from(
+            models, method=method, weights=weights, dtype=dtype, seed=seed, output=form_of_output,
+            statistics=statistics, learned=learned,
+        )  # fmt: skip
         made = api.plan(
             recipe,
             output,
@@ -89,6 +94,11 @@ def _print(made: Plan, every: bool) -> None:
         f" {len(made.layout.all_files)} file(s)\n"
         f"memory in flight up to {size(made.memory)}; takes {made.time_class}"
     )
+    if made.to_learn is not None:
+        typer.echo(
+            f"learning from data comes first: {size(made.learning_memory)} for weights, gradients and task vectors,"
+            " and a batch's activations"
+        )
 
 
 def _decision(item: WorkItem) -> tuple[str, ...]:
@@ -144,6 +154,7 @@ def _as_json(made: Plan) -> dict[str, Any]:
             "bytes_written": made.layout.file_bytes,
             "files": [file.name for file in made.layout.files],
             "memory": made.memory,
+            "learning_memory": made.learning_memory,
             "time": made.time_class,
         },
         "items": items,

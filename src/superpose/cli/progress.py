@@ -29,15 +29,32 @@ def progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[Progress], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Task,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as RichProgress
+    from rich.text import Text
+
+    class Sizes(DownloadColumn):
+        def render(self, task: Task) -> Text:
+            return Text("") if task.description == "learn" else super().render(task)
+
+    class Rates(TransferSpeedColumn):
+        def render(self, task: Task) -> Text:
+            return Text("") if task.description == "learn" else super().render(task)
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.fields[tensors]} tensors"),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        TextColumn("{task.fields[done]}"),
+        Sizes(binary_units=True),
+        Rates(),
         TimeRemainingColumn(),
     )
     with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -45,9 +62,9 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
 
         def show(state: Progress) -> None:
             if state.phase not in tasks:
-                tasks[state.phase] = bar.add_task(state.phase, total=state.bytes_total, tensors="")
-            tensors = f"{state.done}/{state.total}"
-            bar.update(tasks[state.phase], completed=state.bytes_done, tensors=tensors)
+                tasks[state.phase] = bar.add_task(state.phase, total=state.bytes_total, done="")
+            done = f"{state.done}/{state.total} {'steps' if state.phase == 'learn' else 'tensors'}"
+            bar.update(tasks[state.phase], completed=state.bytes_done, done=done)
 
         yield show
 
@@ -60,6 +77,9 @@ def _lines() -> Callable[[Progress], None]:
         if now - last["time"] < SECONDS_BETWEEN_LINES:
             return
         last["time"] = now
+        if state.phase == "learn":
+            print(f"learn: {state.done}/{state.total} steps", file=sys.stderr, flush=True)
+            return
         share = state.bytes_done / max(state.bytes_total, 1)
         print(f"{state.phase}: {state.done}/{state.total} tensors, {share:.0%}", file=sys.stderr, flush=True)
 

@@ -53,6 +53,7 @@ class TensorChunks:
         kind: what the tensor is in its network.
         generator: the tensor's random numbers.
         factors: the task matrices as low-rank updates, for a method that does not want them written out.
+        statistics: (start, stop) -> the entries start..stop of each model's statistics, where there are some.
     """
 
     tasks: int
@@ -64,6 +65,7 @@ class TensorChunks:
     kind: Kind | None = None
     generator: Generator | None = None
     factors: tuple[LowRank, ...] | None = None
+    statistics: Callable[[int, int], Float[Tensor, "tasks entries"]] | None = None
 
     @property
     def dtype(self) -> torch.dtype:

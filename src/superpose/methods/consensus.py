@@ -24,7 +24,8 @@ from torch import Tensor
 
 from superpose.maths.signs import disjoint_merge, elect_signs
 from superpose.maths.sparsify import Cuts, apply_cuts, keep_largest
-from superpose.maths.streaming import MagnitudeSurvey, SearchState, TensorChunks, Trim
+from superpose.maths.streaming import Trim
+from superpose.maths.trim_survey import TrimSurvey
 from superpose.options import Range
 from superpose.registry import Breach, Caution, Merged, merge_method
 
@@ -51,37 +52,6 @@ class ConsensusOptions:
         return Trim(self.ties_density if self.over == "ties" else 1.0, self.density_scope)
 
 
-class ConsensusSurvey:
-    """The thresholds of TIES' trimming, where it is asked for."""
-
-    def __init__(self) -> None:
-        self.magnitudes = MagnitudeSurvey()
-
-    def memory(self, tasks: int, dtype: torch.dtype) -> int:
-        """Return the bytes that one tensor's counts take at most."""
-        return self.magnitudes.memory(tasks, dtype)
-
-    def passes(self, options: ConsensusOptions, dtype: torch.dtype) -> int:
-        """Return the passes for the thresholds."""
-        return self.magnitudes.passes(options.trim(), dtype)
-
-    def reads(self, options: ConsensusOptions, dtype: torch.dtype) -> int:
-        """Return how often the model is read as a rule."""
-        return self.magnitudes.reads(options.trim(), dtype)
-
-    def measure(self, step: int, name: str, chunks: TensorChunks, state, options: ConsensusOptions):
-        """Return one tensor's counts."""
-        return self.magnitudes.measure(step, name, chunks, state, options.trim())
-
-    def finish(self, step: int, total, state, options: ConsensusOptions, dtype: torch.dtype) -> SearchState:
-        """Return the state of the search."""
-        return self.magnitudes.finish(step, total, state, options.trim(), dtype)
-
-    def for_tensor(self, name: str, chunks: TensorChunks, state, options: ConsensusOptions) -> Cuts:
-        """Return the cuts of one tensor."""
-        return self.magnitudes.for_tensor(name, chunks, state, options.trim())
-
-
 def consensus_notes(options: ConsensusOptions, tasks: int) -> list[str]:
     """Return what to tell the user about these options before anything is computed."""
     if options.agreement <= tasks:
@@ -94,7 +64,7 @@ def consensus_notes(options: ConsensusOptions, tasks: int) -> list[str]:
     options=ConsensusOptions,
     source="Wang et al. 2024, arXiv:2405.07813, TALL masks and Consensus TA",
     whole_for=(),
-    survey=ConsensusSurvey(),
+    survey=TrimSurvey(),
     notes=consensus_notes,
     breaks={
         "same": "T identical tasks give T times the task while 1 > threshold (T - 1), and nothing beyond",

@@ -45,6 +45,10 @@ class ChosenMethods:
         if "average" in names and abs(sum(weights)) <= 1e-9 * sum(map(abs, weights)):
             what, mend = "the weights add up to zero", "give other weights"
             problems.append(SuperposeError(what, where="method average", mend=mend))
+        found = sorted(names & {"fisher", "regmean"})
+        if found and (min(weights) < 0 or not any(weights)):
+            what, mend = "weights of this method are not negative, nor all zero", "give other weights"
+            problems.append(SuperposeError(what, where=f"method {found[0]}", mend=mend))
         if "pem" in names and not any(weights):
             problems.append(SuperposeError("all weights are zero", where="method pem", mend="give other weights"))
 
@@ -64,9 +68,6 @@ class ChosenMethods:
             self.notes.append(f"all models are adapters: {method.name} takes {said} where nothing is said")
         options, problems = build_options(method.options, given, where=where, owner=f"method {name}")
         self._problems += problems
-        if method.needs:
-            what = f"method {name} needs {', '.join(sorted(method.needs))}"
-            self._problems.append(SuperposeError(what, where=where, mend="choose a method that needs weights only"))
         fewest, most = method.models
         if self._models < fewest or (most is not None and self._models > most):
             wanted = f"{fewest} to {most}" if most is not None else f"at least {fewest}"

@@ -21,7 +21,7 @@ from superpose.own_code import code_digest
 from superpose.planning.choices import ChosenMethods, acting_rule
 from superpose.plug_ins import plug_in_digest
 from superpose.recipe import Recipe
-from superpose.registry import Cost, find_method
+from superpose.registry import Cost, Method, find_method
 
 CHUNK = 1 << 18
 """Entries of a tensor in flight at a time, where a method works entry by entry: small enough for the caches."""
@@ -115,6 +115,9 @@ class WorkItem:
         factors: where its update goes in an adapter, if it goes there.
         in_factors: whether task matrices stay low-rank updates all the way.
         reads_base: whether the base's tensor is read.
+        statistics: of each model on its data, for methods that need some; None where a model has none of the tensor.
+        in_x_out: whether `statistics` are of a map that is stored in x out.
+        learned: what was learned from data for the tensor, and which of its rows are the tuned models'.
         memory: bytes in flight while it is worked on.
         flops: floating point operations.
         key: digest of everything that its bytes depend on.
@@ -137,6 +140,9 @@ class WorkItem:
     factors: FactorOutput | None = None
     in_factors: bool = False
     reads_base: bool = True
+    statistics: tuple[TensorHeader | None, ...] = ()
+    in_x_out: bool = False
+    learned: tuple[TensorHeader, tuple[int, ...]] | None = None
     memory: int = 0
     flops: float = 0.0
     key: str = ""
@@ -214,8 +220,8 @@ def make_item(
         parts = 0, (header.shape[0] // groups,) * groups
     if kind is Kind.LINEAR and len(header.shape) == 3:
         parts = 0, (1,) * header.shape[0]  # experts: merged as they would be if each were stored by itself
-    if method_name and find_method(method_name).beside is not None:
-        parts = None  # entry by entry, and what is written beside the tensor is in its order
+    if method_name and _is_for_whole_tensors(find_method(method_name)):
+        parts = None
     return WorkItem(
         name=header.name,
         kind=kind,
@@ -232,6 +238,11 @@ def make_item(
         parts=parts if method_name else None,
         names=(header.name,),
     )
+
+
+def _is_for_whole_tensors(method: Method) -> bool:
+    """Whether maps of a fused projection make no difference: what lies beside a tensor is in the tensor's own order."""
+    return method.beside is not None or method.statistics is not None or "learned" in method.wants
 
 
 def with_common_dtype(items: Sequence[WorkItem]) -> list[WorkItem]:
@@ -330,7 +341,7 @@ def with_keys(
                 [common, item.name, item.kind, item.action, item.method, item.options and asdict(item.options),
                  item.method and plug_in_digest(find_method(item.method).function.__module__),
                  item.dtype, str(item.compute), item.parts, sources(item), item.names, item.in_factors,
-                 item.factors and asdict(item.factors),
+                 item.factors and asdict(item.factors), item.learned and item.learned[1],
                  surveyed.get((item.method, item.options))]
             ),
         )
@@ -339,8 +350,9 @@ def with_keys(
 
 
 def sources_of(item: WorkItem) -> tuple[TensorHeader | None, ...]:
-    """Return the tensors that an item reads: the base's, if it does, and each tuned model's."""
-    return (item.base if item.reads_base else None, *item.tuned)
+    """Return the tensors that an item reads: the base's, if it does, each tuned model's, and what is known of them."""
+    learned = (item.learned[0],) if item.learned is not None else ()
+    return (item.base if item.reads_base else None, *item.tuned, *item.statistics, *learned)
 
 
 def _digest(content: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from superpose.planning.adapters import (
 )
 from superpose.planning.checks import check_backend, check_device, check_output, check_room, check_rules, unused_rules
 from superpose.planning.choices import ChosenMethods, choose_kinds, is_dropped, is_kept
+from superpose.planning.data import KnownData, with_data, with_tensors
 from superpose.planning.items import (
     Settings,
     WorkItem,
@@ -65,6 +66,10 @@ class Plan:
         options: of the recipe's method, defaults filled in.
         notes: what was assumed, in words.
         spelling: base tensor to what an adapter calls it: its name in the model.
+        statistics: where each model's statistics come from, if the method needs some.
+        to_learn: method and options of what is learned from data first; None for nothing.
+        learned: where what was learned before comes from, if that is used.
+        tied: names of tensors that share the memory of another, to that.
     """
 
     recipe: Recipe
@@ -77,6 +82,10 @@ class Plan:
     options: Any
     notes: tuple[str, ...]
     spelling: Mapping[str, str]
+    statistics: tuple[Mapping[str, Any], ...] = ()
+    to_learn: tuple[str, Any] | None = None
+    learned: Mapping[str, Any] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bytes_read(self) -> int:
@@ -103,6 +112,18 @@ class Plan:
         workers = make_backend(settings.backend, settings.workers, 0, settings.ray_address).workers
         busiest = sum(sorted((item.memory for item in self.items), reverse=True)[:workers])
         return max(largest, min(busiest, settings.memory))
+
+    @property
+    def learning_memory(self) -> int:
+        """Bytes that learning from data takes, but for activations; 0 where nothing is learned."""
+        if self.to_learn is None:
+            return 0
+        # AdaMerging: weights and two tasks' gradients; Localize-and-Stitch: weights, gradient, scores. Task vectors are
+        # kept as far as the budget goes.
+        merged = [item for item in self.items if item.action == "merge"]
+        model = 4 * sum(item.numel for item in merged)
+        vectors = sum(item.numel * 4 * (len(item.tuned) + 1) for item in merged)
+        return 3 * model + min(vectors, self.settings.memory)
 
     @property
     def time_class(self) -> str:
@@ -169,7 +190,9 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
         header, (kind, kind_from) = base.tensors[name], kinds[name]
         sources = tuple(found.get(name) for found in alignments)
         items.append(make_item(header, kind, kind_from, sources, recipe, chosen, architecture))
-    items = [with_factors(item) for item in items]
+    known = with_data(items, recipe, tuned, tied, problems)
+    raise_all(problems)
+    items = [with_factors(item) for item in known.items]
     raise_all([*factor_space_problems(items), *_set_problems(items, base)])
     spelling = spell(base, adapters, architecture)
     items, problems, left_out = as_adapter(items, recipe, base, tuned, tied, spelling)
@@ -182,10 +205,12 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     layout = lay_out_adapter(layout, items, recipe.output)
     layout = lay_out_beside(layout, MASKS_FILE, [tensor for item in items for tensor in item.beside])
     raise_all(check_room(layout, output))
+    notes += [*known.notes, *_learning_notes(known, recipe)]
     notes += [*dict.fromkeys(chosen.notes), *left_out, *_notes(items, base, settings)]
     return Plan(
-        recipe, settings, base, tuple(tuned), tuple(items), layout, weights, chosen.of(None)[1], tuple(notes), spelling
-    )
+        recipe, settings, base, tuple(tuned), tuple(items), layout, weights, chosen.of(None)[1], tuple(notes), spelling,
+        known.statistics, known.to_learn, known.learned, tied,
+    )  # fmt: skip
 
 
 def plan_tensors(
@@ -193,6 +218,8 @@ def plan_tensors(
     tuned: Sequence[Mapping[str, Tensor]],
     recipe: Recipe,
     kinds: Mapping[str, Kind] | None,
+    statistics: Sequence[Mapping[str, Tensor]] | None = None,
+    learned: Mapping[str, Tensor] | None = None,
 ) -> list[WorkItem]:
     """Plan a merge of tensors in memory.
 
@@ -201,6 +228,8 @@ def plan_tensors(
         tuned: those of each tuned model.
         recipe: method, options and weights; its paths are not read.
         kinds: what each tensor is; told by names and shapes where not given.
+        statistics: of each tuned model, by the tensor's name: Fisher information in its shape, or a Gram matrix.
+        learned: coefficients, shape (tasks,), by the tensor's name or "*" for all; or masks, shape (tasks, *shape).
 
     Returns:
         One item per tensor, by name.
@@ -238,6 +267,8 @@ def plan_tensors(
         for name, header in sorted(checkpoints[0].tensors.items())
         for kind, kind_from in [known[name]]
     ]
+    items = with_tensors(items, statistics, learned, problems)
+    raise_all(problems)
     return [with_cost(item, Settings()) for item in with_common_dtype(items)]
 
 
@@ -324,6 +355,18 @@ def _bases(models: Sequence[Checkpoint | Adapter]) -> list[str]:
     """Return a note where adapters name different bases."""
     named = sorted({model.base for model in models if isinstance(model, Adapter) and model.base})
     return [f"the adapters name different bases: {', '.join(named)}"] if len(named) > 1 else []
+
+
+def _learning_notes(known: KnownData, recipe: Recipe) -> list[str]:
+    """Return what is learned first, and from what."""
+    if known.to_learn is None:
+        return []
+    method, _ = known.to_learn
+    tasks = [recipe.task] if recipe.task is not None else [entry.task for entry in recipe.models]
+    read = ", ".join(f"{task.data}{f' ({task.split})' if task.split else ''}" for task in tasks if task is not None)
+    return [
+        f"{method} learns first, from {read}; what is learned has seen that data",
+    ]
 
 
 def _widest(item: WorkItem) -> str:
