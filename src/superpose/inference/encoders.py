@@ -12,6 +12,7 @@ from torch import Tensor
 
 from superpose.errors import SuperposeError, nearest
 from superpose.inference.examples import IGNORED, Example
+from superpose.inference.library import quietly
 from superpose.inference.rows import Row
 from superpose.task_data import TaskData
 
@@ -134,7 +135,8 @@ def _image_reader(library: Any, folder: Path, task: TaskData) -> Callable[[Row],
             "images are read by Pillow, which is not installed", where=str(folder), mend=mend
         ) from error
     try:
-        processor = library.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, use_fast=False)
+        with quietly():
+            processor = library.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, use_fast=False)
     except Exception as error:  # the library fails in many ways; its text says how
         what = f"no image processor: {str(error).strip().partition(chr(10))[0]}"
         raise SuperposeError(what, where=str(folder), mend="copy preprocessor_config.json into the folder") from error

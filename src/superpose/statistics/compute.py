@@ -75,10 +75,14 @@ def prepare(
     if kind == "fisher" and live.answers == "features":
         mend = "give a model with a head, or its own by --head FILE, or make it by --loader"
         raise SuperposeError("Fisher information needs predictions, and the model has no head", where=model, mend=mend)
+    if kind == "fisher" and not any(parameter.requires_grad for parameter in live.module.parameters()):
+        mend = "let what was fine-tuned require gradients: requires_grad_(True) in the loader"
+        raise SuperposeError("all parameters are frozen: none has Fisher information", where=model, mend=mend)
     examples, rows = encode_rows(live, task, labelled=labels == "empirical")
     made = batches(examples, task.batch_size)
-    chosen = _labels(labels, live, made[0]) if kind == "fisher" else ""
-    statistic: Statistic = Fisher(live, chosen, task.seed) if chosen else Gram(live, made[0])  # type: ignore[arg-type]
+    first = made[0].to(device or torch.device("cpu"))
+    chosen = _labels(labels, live, first) if kind == "fisher" else ""
+    statistic: Statistic = Fisher(live, chosen, task.seed) if chosen else Gram(live, first)  # type: ignore[arg-type]
     groups = group_tensors(statistic, memory)
     metadata = {
         "statistics": kind,
@@ -94,7 +98,7 @@ def prepare(
             "python": platform.python_version(), "threads": torch.get_num_threads(), "device": str(device or "cpu"),
         },
     }  # fmt: skip
-    return Request(statistic, made, groups, metadata, _memory(statistic, live, made, groups, kind))
+    return Request(statistic, made, groups, metadata, _memory(statistic, live, first, groups, kind))
 
 
 def compute(
@@ -187,13 +191,13 @@ def _shared(statistic: Statistic, live: LiveModel) -> dict[str, Any]:
 
 
 def _memory(
-    statistic: Statistic, live: LiveModel, made: Sequence[Batch], groups: Sequence[tuple[str, ...]], kind: str
+    statistic: Statistic, live: LiveModel, first: Batch, groups: Sequence[tuple[str, ...]], kind: str
 ) -> dict[str, int]:
     shapes = statistic.shapes()
     width = 4 if kind == "fisher" else 8
     largest = max(sum(width * prod(shapes[name]) for name in group) for group in groups)
     model = sum(parameter.numel() * parameter.element_size() for parameter in live.module.parameters())
-    return {"model": model, "statistics": largest, "activations": _activations(live, made[0], kind == "fisher")}
+    return {"model": model, "statistics": largest, "activations": _activations(live, first, kind == "fisher")}
 
 
 def _activations(live: LiveModel, batch: Batch, gradients: bool) -> int:

@@ -64,11 +64,21 @@ class Fisher:
         Yields:
             Batch -> None.
         """
-        wanted = {name: parameter for name, parameter in self.live.parameters().items() if name in sums}
-        if self._batches_agree(wanted, first):
-            yield lambda batch: self._add_batch(batch, wanted, sums)
-        else:
-            yield lambda batch: self._add_singly(batch, wanted, sums)
+        learnt = {name: parameter for name, parameter in self.live.parameters().items() if parameter.requires_grad}
+        wanted = {name: parameter for name, parameter in learnt.items() if name in sums}  # the frozen ones stay at zero
+        agree = bool(wanted) and self._batches_agree(wanted, first)
+
+        def add(batch: Batch) -> None:
+            if agree:
+                try:
+                    self._add_batch(batch, wanted, sums)
+                    return
+                except NotPerExample:  # before anything was added: it shows on the way forward
+                    pass
+            if wanted:
+                self._add_singly(batch, wanted, sums)
+
+        yield add
 
     def mean(self, name: str, sums: Mapping[str, Tensor], examples: int) -> Tensor:
         """Return a parameter's Fisher information."""
@@ -84,7 +94,7 @@ class Fisher:
         found, known = ({name: torch.zeros_like(parameter) for name, parameter in wanted.items()} for _ in range(2))
         try:
             self._add_batch(few, wanted, found)
-        except NotPerExample:
+        except (NotPerExample, RuntimeError):  # torch's own, where a module cannot be run again on many at once
             return False
         self._add_singly(few, wanted, known)
         sizes = {name: float(tensor.abs().max()) if tensor.numel() else 0.0 for name, tensor in known.items()}

@@ -39,24 +39,28 @@ class Gram:
 
     @cached_property
     def owners(self) -> dict[str, str]:
-        """Weight of each linear map that is used -> the one whose matrix it shares, both by the checkpoint's names."""
+        """Weight of each linear map -> the one whose matrix it shares, both by the checkpoint's names.
+
+        Those share one that are given the same tensors, call by call. A map that the example does not use has its own:
+        other examples may use it, as they do the experts of a mixture.
+        """
         maps = self._maps()
-        first: dict[tuple, str] = {}
         kept: list[Tensor] = []  # alive until the pass ends: a freed tensor's place is given to another
-        found: dict[str, str] = {}
+        given_to: dict[str, list[tuple]] = {}
 
         def note(name: str, given: Tensor) -> None:
-            if name not in found:
-                kept.append(given)
-                place = (given.data_ptr(), tuple(given.shape), tuple(given.stride()), given._version)
-                found[name] = first.setdefault(place, name)
+            kept.append(given)
+            place = (given.data_ptr(), tuple(given.shape), tuple(given.stride()), given._version)
+            given_to.setdefault(name, []).append(place)
 
         with torch.no_grad(), _watching(maps, note):
             self.live.forward(self.example.inputs)
-        if not found:
+        if not given_to:
             mend = "Gram matrices are those of linear maps: give a model that has some"
             raise SuperposeError("no linear map of the model was used", where="statistics gram", mend=mend)
-        return found
+        first: dict[tuple, str] = {}
+        shared = {name: first.setdefault(tuple(places), name) for name, places in given_to.items()}
+        return {name: shared.get(name, name) for name in (*shared, *maps)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each matrix, by the first map that shares it."""
@@ -84,12 +88,14 @@ class Gram:
         maps = self._maps()
         wanted = {name: maps[name] for name in sums if name in maps}
 
-        def add(name: str, given: Tensor) -> None:
-            rows = given.detach().reshape(-1, given.shape[-1]).float()
-            sums[name].add_(rows.T @ rows)
-            sums[ROWS + name].add_(len(rows))
-
         def run(batch: Batch) -> None:
+            def add(name: str, given: Tensor) -> None:
+                rows = given.detach().reshape(-1, given.shape[-1]).float()
+                # What all examples of a batch share (relative positions) is each one's own: batches make no difference.
+                times = len(batch) if given.ndim > 2 and len(given) == 1 else 1
+                sums[name].add_(rows.T @ rows, alpha=times)
+                sums[ROWS + name].add_(times * len(rows))
+
             with torch.no_grad(), _watching(wanted, add):
                 self.live.forward(batch.inputs)
 
@@ -116,13 +122,14 @@ def _watching(maps: Mapping[str, nn.Module], note) -> Iterator[None]:
     """Call `note(name, given)` whenever one of the maps is used."""
 
     def watch(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            if args and isinstance(args[0], Tensor):
-                note(name, args[0])
+        def hook(module: nn.Module, args: tuple, kwargs: Mapping[str, object]) -> None:
+            given = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(given, Tensor):
+                note(name, given)
 
         return hook
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in maps.items()]
+    handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in maps.items()]
     try:
         yield
     finally:

@@ -118,7 +118,7 @@ def run_passes(
                 continue
             sums = statistic.sums(group, device)
             start = progress.resume(number, sums)
-            with statistic.adding(sums, batches[0]) as add:
+            with statistic.adding(sums, batches[0].to(device)) as add:
                 saved = time.monotonic()
                 for place in range(start, len(batches)):
                     report(Advance(number, len(groups), place, len(batches)))

@@ -120,7 +120,8 @@ class PerExample:
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in self._names:
                 self._uses.setdefault(self._names[id(parameter)], _Uses()).calls.append((call, parameter_name))
-        watched = output if output.requires_grad else output.detach().requires_grad_()
+        # A copy where gradients begin: what comes after may write into it, as an in-place ReLU does.
+        watched = output if output.requires_grad else output.detach().requires_grad_().clone()
         watched.register_hook(lambda flows: self._backward(call, flows))
         return watched
 
@@ -157,9 +158,9 @@ def _add_squares(call: _Call, parameter: str, sums: Tensor, buffers: dict[tuple,
     assert flows is not None, "nothing has flowed back"
     if parameter == "weight" and _is_linear(module):
         left, right = (given, flows) if _in_x_out(module) else (flows, given)
-        left, right = left.flatten(1, -2), right.flatten(1, -2)
-        if left.ndim == 2 or left.shape[1] == 1:  # one row each: the square of an outer product is that of the squares
-            sums.addmm_(left.reshape(len(left), -1).square().T, right.reshape(len(right), -1).square())
+        left, right = _rows(left), _rows(right)
+        if left.shape[1] == 1:  # one row each: the square of an outer product is that of the squares
+            sums.addmm_(left[:, 0].square().T, right[:, 0].square())
             return
         product = buffers.setdefault(tuple(sums.shape), torch.empty_like(sums))
         for one, other in zip(left, right, strict=True):
@@ -174,9 +175,14 @@ def _add_squares(call: _Call, parameter: str, sums: Tensor, buffers: dict[tuple,
             if module.padding_idx is not None:  # torch gives that row no gradient
                 sums[module.padding_idx] = 0
     elif parameter == "bias" and (_is_linear(module) or isinstance(module, nn.LayerNorm)):
-        sums += flows.flatten(1, -2).sum(dim=1).square().sum(dim=0) if flows.ndim > 2 else flows.square().sum(dim=0)
+        sums += _rows(flows).sum(dim=1).square().sum(dim=0)
     else:
         sums += _again(module, parameter, given, flows).square().sum(dim=0)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return the rows of each example, shape (examples, rows, last)."""
+    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
 
 
 def _gradient_of_one(call: _Call, parameter: str, number: int) -> Tensor:
