@@ -438,7 +438,7 @@ def test_uses_that_do_not_tell_examples_apart_are_taken_one_by_one(root, loaders
     assert found["picky.weight"].any() == (name == "mixing")
 
 
-def test_what_passes_through_the_model_is_on_its_device(root, bert, texts, monkeypatch):
+def test_what_passes_through_the_model_is_on_its_device(root, bert, monkeypatch):
     """Every batch that the model reads was moved to the device first."""
     moved = set()
     real, scores = Batch.to, LiveModel.scores
@@ -457,6 +457,7 @@ def test_what_passes_through_the_model_is_on_its_device(root, bert, texts, monke
 
     monkeypatch.setattr(Batch, "to", own_memory)
     monkeypatch.setattr(LiveModel, "scores", checked)
-    request = prepare("fisher", str(bert), TaskData(data=texts), device=torch.device("cpu"))
+    file = write_rows(root / "alike.jsonl", [{"text": text} for text in ("red", "blue", "old", "new")])
+    request = prepare("fisher", str(bert), TaskData(data=file), device=torch.device("cpu"))
     compute(request, root / "moved.safetensors")
     assert moved
