@@ -275,7 +275,9 @@ def make_task(name: str, period: int):
         kinds = [[word + 2 for word in range(WORDS) if word // period % 2 == label] for label in labels]
         return Labelled([draw.choices(kind, k=draw.randint(3, 9)) for kind in kinds], labels)
 
-    return EncodedTask(name, CLASSES, part(200), part(100))
+    train, held_out = part(200), part(100)
+    texts = [[" ".join(f"w{token - 2}" for token in ids) for ids in half.token_ids] for half in (train, held_out)]
+    return EncodedTask(name, CLASSES, train, held_out, (texts[0], texts[1]))
 
 
 @pytest.fixture(scope="module")
@@ -331,8 +333,8 @@ def test_what_makes_a_fine_tune_is_in_its_name(base, tasks, tuned, tmp_path):
 
     task = tasks[0]
     fewer = Labelled(task.train.token_ids[:-1], task.train.labels[:-1])
-    other = type(task)(task.name, task.classes, fewer, task.held_out)
-    unseen = type(task)(task.name, task.classes, task.train, fewer)
+    other = type(task)(task.name, task.classes, fewer, task.held_out, task.texts)
+    unseen = type(task)(task.name, task.classes, task.train, fewer, task.texts)
     names = [
         fingerprint(base, task, Training()),
         fingerprint(base, task, Training(seed=1)),
@@ -436,27 +438,30 @@ def test_the_demo_scores_every_method_and_keeps_one_model(small, tmp_path):
     transformers = pytest.importorskip("transformers")
     said: list[str] = []
     result = run_demo(tmp_path, say=said.append)
-    methods = superpose.list_methods()
-    assert [row.name for row in result.rows] == [
-        "pretrained",
-        "fine-tuned",
-        *(method.name for method in methods if not method.needs),
-    ]
-    assert dict(result.left_out) == {method.name: method.needs for method in methods if method.needs}
+    names = {method.name for method in superpose.list_methods()}
+    learned = {"localize_and_stitch, learned", "lorahub, learned"}
+    assert {row.name for row in result.rows} == {"pretrained", "fine-tuned"} | names | learned
+    assert len(result.rows) == len(names) + 4
+    assert not result.left_out
+    notes = {row.name: row.note for row in result.rows}
+    assert notes["fisher"] == "fisher statistics of 256 training examples per task"
+    assert notes["lorahub, learned"] == "learned from 256 training examples per task (evaluations 20)"
     assert {"average", "task_arithmetic", "ties", "stf"} <= {row.name for row in result.rows}
     for row in result.rows:
         assert list(row.accuracy) == ["halves", "stripes"] == list(result.tasks)
         assert (row.merge_seconds is None) == (row.name in ("pretrained", "fine-tuned"))
         assert any(line.startswith(f"{row.name}: mean accuracy {row.mean:.3f}") for line in said)
-    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["finetuned", "merged"]
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["finetuned", "merged", "texts"]
     scope: dict = {}
     exec("\n".join(result.loading_lines), scope)
     assert isinstance(scope["model"], transformers.BertModel)
     assert scope["tokenizer"]("w0 w1")["input_ids"] == [2, 3]
 
     again: list[str] = []
-    second = run_demo(tmp_path, say=again.append)
-    assert table_rows(second) == table_rows(result)
+    second = run_demo(tmp_path, quick=True, say=again.append)
+    assert set(second.left_out) == learned | {"adamerging", "fisher", "regmean"}
+    kept = [row for row in table_rows(result) if row[0] not in second.left_out]
+    assert table_rows(second) == kept
     assert sum("found in the cache" in line for line in again) == 2
 
 

@@ -18,6 +18,7 @@ def demo(
     cache: Annotated[
         Path | None, typer.Option(help="Where downloads and fine-tunes are kept ($SUPERPOSE_CACHE).")
     ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out methods that look at data: half the time.")] = False,
 ) -> None:
     """Fine-tune a real encoder on real tasks, merge by every method, and score each merge on every task.
 
@@ -26,7 +27,7 @@ def demo(
     with exit_codes():
         from superpose.demo import run_demo, table_rows
 
-        result = run_demo(cache, output=output, say=lambda line: typer.echo(line, err=True))
+        result = run_demo(cache, output=output, quick=quick, say=lambda line: typer.echo(line, err=True))
         columns, *rows = table_rows(result)
         print_table(columns, rows, right=columns[1:])
         for row in result.rows:

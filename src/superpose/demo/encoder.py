@@ -55,12 +55,14 @@ class EncodedTask:
         classes: names of the classes.
         train: what to learn from.
         held_out: what to score on.
+        texts: the texts of both.
     """
 
     name: str
     classes: tuple[str, ...]
     train: Labelled
     held_out: Labelled
+    texts: tuple[Sequence[str], Sequence[str]]
 
 
 def base_folder(unpacked: Path, cache: Path) -> Path:
@@ -108,7 +110,8 @@ def encode(name: str, examples: Examples, tokenizer: Any) -> EncodedTask:
         read = tokenizer(list(texts), truncation=True, max_length=LONGEST, padding=False)
         return Labelled(read["input_ids"], labels)
 
-    return EncodedTask(name, examples.classes, tokens(examples.train), tokens(examples.held_out))
+    texts = [text for text, _ in examples.train], [text for text, _ in examples.held_out]
+    return EncodedTask(name, examples.classes, tokens(examples.train), tokens(examples.held_out), texts)
 
 
 def features(body: transformers.PreTrainedModel, token_ids: Sequence[Sequence[int]]) -> Tensor:

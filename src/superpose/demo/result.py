@@ -40,7 +40,7 @@ class DemoResult:
         held_out: number of held-out examples, by task.
         merged: folder of the merged model that was kept.
         merged_by: the method that made it.
-        seconds: wall seconds by phase: `fetch`, `fine-tune`, `merge`, `score`.
+        seconds: wall seconds by phase: `fetch`, `fine-tune`, `statistics`, `merge` (with learning), `score`.
     """
 
     rows: tuple[Row, ...]

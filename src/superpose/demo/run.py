@@ -6,10 +6,10 @@ import contextlib
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from superpose.cache_folder import cache_folder
 from superpose.demo.downloads import Archive, fetch_all
@@ -35,13 +35,16 @@ KEPT_METHOD = "stf"
 Say = Callable[[str], None]
 
 
-def run_demo(cache: Path | None = None, *, output: Path | None = None, say: Say = print) -> DemoResult:
-    """Fine-tune, merge by every method that needs only weights, and score every model on every task.
+def run_demo(
+    cache: Path | None = None, *, output: Path | None = None, quick: bool = False, say: Say = print
+) -> DemoResult:
+    """Fine-tune, merge by every method, and score every model on every task.
 
     Args:
         cache: superpose's cache folder; None means `$SUPERPOSE_CACHE` or the user's cache. Downloads and
             fine-tunes stay there, so that an interrupted or repeated demo goes on from what is finished.
         output: where the merged model that is kept goes; None means into the cache.
+        quick: whether methods that look at data are left out.
         say: called with each line of progress.
 
     Returns:
@@ -60,7 +63,7 @@ def run_demo(cache: Path | None = None, *, output: Path | None = None, say: Say 
         base, tasks = _fetch(demo)
         tuned = _finetune_all(demo, base, tasks)
         originals = _score_originals(demo, base, tuned)
-        merged, left_out = _merge_and_score(demo, base, tuned)
+        merged, left_out = _merge_and_score(demo, base, tuned, quick=quick)
     held_out = {task.name: len(task.held_out.labels) for task in tasks}
     rows = (*originals, *merged)
     return DemoResult(rows, left_out, held_out, demo.merged, KEPT_METHOD, dict(demo.seconds))
@@ -97,6 +100,11 @@ class _Demo:
     merged: Path
     say: Say
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def texts(self) -> Path:
+        """The folder with the tasks' texts."""
+        return self.home / "texts"
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -183,21 +191,51 @@ def _score_originals(demo: _Demo, base: Path, tuned: Sequence[FineTuned]) -> lis
     return [pretrained, alone]
 
 
-def _merge_and_score(
-    demo: _Demo, base: Path, tuned: Sequence[FineTuned]
-) -> tuple[list[Row], dict[str, frozenset[str]]]:
+@dataclass(frozen=True)
+class _Variant:
+    """A row of the table to be: a method, and what it is given beside the models."""
+
+    name: str
+    method: Method
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def looks_at_data(self) -> bool:
+        return bool(self.options) or self.method.statistics is not None
+
+
+def _variants() -> list[_Variant]:
+    """Return the rows: every method, those that learn once more where they can do without."""
     from superpose import api
+    from superpose.demo.data import LEARNING
+
+    found = []
+    for method in api.list_methods():
+        if not method.needs or method.statistics is not None:
+            found.append(_Variant(method.name, method))
+        if method.name in LEARNING:
+            name = method.name if method.needs else f"{method.name}, learned"
+            found.append(_Variant(name, method, LEARNING[method.name]))
+    return found
+
+
+def _merge_and_score(
+    demo: _Demo, base: Path, tuned: Sequence[FineTuned], *, quick: bool
+) -> tuple[list[Row], dict[str, frozenset[str]]]:
+    from superpose.demo.data import write_texts
 
     rows: list[Row] = []
     left_out: dict[str, frozenset[str]] = {}
+    for one in tuned:
+        write_texts(one.task, demo.texts)
     with scratch_folder(demo.home) as scratch:
-        for method in api.list_methods():
-            if method.needs:
-                left_out[method.name] = frozenset(method.needs)
-                demo.say(f"{method.name}: left out, it needs {', '.join(sorted(method.needs))}")
+        for variant in _variants():
+            if quick and variant.looks_at_data:
+                left_out[variant.name] = frozenset(variant.method.needs or ["data"])
+                demo.say(f"{variant.name}: left out, it looks at data")
                 continue
-            folder = demo.merged if method.name == KEPT_METHOD else scratch / method.name
-            rows.append(_merge_and_score_one(demo, base, tuned, method, folder))
+            folder = demo.merged if variant.name == KEPT_METHOD else scratch / variant.method.name
+            rows.append(_merge_and_score_one(demo, base, tuned, variant, folder))
             demo.say(_summary(rows[-1]))
             if folder != demo.merged:
                 for made in scratch.iterdir():
@@ -205,23 +243,40 @@ def _merge_and_score(
     return rows, left_out
 
 
-def _merge_and_score_one(demo: _Demo, base: Path, tuned: Sequence[FineTuned], method: Method, folder: Path) -> Row:
+def _recipe(demo: _Demo, base: Path, merged: Sequence[FineTuned], variant: _Variant, scratch: Path) -> dict[str, Any]:
+    from superpose.demo.data import seen_of, statistics_of
+
+    models: list[dict[str, Any]] = [{"path": str(one.body), "name": one.task.name} for one in merged]
+    if (kind := variant.method.statistics) is not None:
+        with demo.phase("statistics"):
+            files = statistics_of(kind, merged, demo.texts, scratch.with_name(f"{scratch.name}-statistics"))
+        models = [{**model, "statistics": str(file)} for model, file in zip(models, files, strict=True)]
+    if variant.options:
+        models = [{**model, "task": seen_of(one, demo.texts)} for model, one in zip(models, merged, strict=True)]
+    return {"base": str(base), "models": models, "method": variant.method.name, "options": dict(variant.options)}
+
+
+def _merge_and_score_one(demo: _Demo, base: Path, tuned: Sequence[FineTuned], variant: _Variant, folder: Path) -> Row:
     from superpose import api
+    from superpose.demo.data import note_of
     from superpose.demo.score import score_apart, score_shared
 
+    method = variant.method
     merged = tuned[: method.models[1]]  # all, but for a method that merges two
-    models = [{"path": str(one.body), "name": one.task.name} for one in merged]
     start = time.perf_counter()
+    recipe = _recipe(demo, base, merged, variant, folder)
     with demo.phase("merge"):
-        api.merge({"base": str(base), "models": models, "method": method.name}, output=folder, overwrite=True)
+        api.merge(recipe, output=folder, overwrite=True)
     merge_seconds = time.perf_counter() - start
     if method.beside is not None:
         with demo.phase("score"):
             accuracy = score_apart(tuned, lambda one: _rebuilt(folder, one.task.name))
-        return Row(method.name, accuracy, merge_seconds, "each task by the model rebuilt for it, its name given")
+        return Row(variant.name, accuracy, merge_seconds, "each task by the model rebuilt for it, its name given")
     note = "" if len(merged) == len(tuned) else f"merges {' and '.join(one.task.name for one in merged)} alone"
+    if variant.looks_at_data:
+        note = note_of(method, variant.options)
     with demo.phase("score"):
-        return Row(method.name, score_shared(folder, tuned), merge_seconds, note)
+        return Row(variant.name, score_shared(folder, tuned), merge_seconds, note)
 
 
 def _rebuilt(folder: Path, task: str) -> Path:
