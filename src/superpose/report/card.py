@@ -46,6 +46,7 @@ def model_card(record: RunRecord, config: Mapping[str, Any]) -> str:
         "## What was done\n\n| kind | method | tensors |\n|---|---|---|\n" + "\n".join(rows),
         "## Recipe\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False).strip() + "\n```",
     ]
+    sections += _data_section(record)
     if form != "model":
         sections.append(_adapter_section(record, form))
     if any(tensor.beside for tensor in record.tensors):
@@ -61,6 +62,27 @@ def model_card(record: RunRecord, config: Mapping[str, Any]) -> str:
         sections.append("## Warnings\n\n" + "\n".join(shown))
     sections.append("Every tensor's kind, method, numbers and digest are in `run.json`.")
     return "\n\n".join(sections) + "\n"
+
+
+def _data_section(record: RunRecord) -> list[str]:
+    """Return a section that names the data that the merge has seen, if it has seen any."""
+    rows = []
+    for source in record.sources:
+        if "statistics" in source:
+            told = source["statistics"]
+            rows.append(_data_row(source["name"], {**told["data"], "examples": told["examples"]}, "statistics"))
+    rows += [_data_row(seen["task"], seen, f"learning, {seen['used']}") for seen in record.learned.get("saw", ())]
+    if not rows:
+        return []
+    said = record.learned.get("transductive", "")
+    table = "| task | data | split | examples | used for |\n|---|---|---|---|---|\n" + "\n".join(rows)
+    warning = f" The method is transductive: {said}." if said else ""
+    return [f"## Data that this merge has seen\n\n{table}\n\nResults on it are no held-out results.{warning}"]
+
+
+def _data_row(task: str, seen: Mapping[str, Any], use: str) -> str:
+    place, split = Path(str(seen.get("data", ""))).name, seen.get("split") or "not named"
+    return f"| {task} | `{place}` | {split} | {seen.get('examples', '')} | {use} |"
 
 
 def _adapter_section(record: RunRecord, form: str) -> str:
