@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -17,13 +18,16 @@ from evaluators.tiny_models import (
     word_tokenizer,
     write_rows,
 )
-from safetensors.torch import load_file
+from families import save as save_checkpoint
+from families import tuned_tensors
+from safetensors.torch import load_file, save_file
 
 __all__ = [
     "WORDS",
     "byte_tokenizer",
     "classified",
     "close",
+    "family",
     "make_bert",
     "make_gpt2",
     "make_llama",
@@ -31,7 +35,11 @@ __all__ = [
     "make_vit",
     "names_on_disk",
     "prompted",
+    "read",
+    "recipe_of",
     "save",
+    "save_sharded",
+    "setting_of",
     "some_texts",
     "squared_gradients",
     "word_tokenizer",
@@ -95,6 +103,64 @@ def prompted(file, count=7, *, seed=0, longest=3):
     texts, wanted = (some_texts(count, seed=seed + more, longest=longest) for more in (0, 100))
     rows = [{"text": text, "target": f" {answer}"} for text, answer in zip(texts, wanted, strict=True)]
     return write_rows(file, rows)
+
+
+def family(root, make=make_bert, tasks=2, size=0.05, **more):
+    """A base and fine-tunes of it, which are the base with noise; tokenizers with each."""
+    folders = [make(root / "base", **more)]
+    for task in range(1, tasks + 1):
+        folder = root / f"task{task}"
+        shutil.copytree(folders[0], folder)
+        tensors = load_file(folder / "model.safetensors")
+        tuned = tuned_tensors(tensors, task, size)
+        save_file(tuned, folder / "model.safetensors", {"format": "pt"})
+        folders.append(folder)
+    return folders
+
+
+def save_sharded(folder, target, *, dtype=None):
+    """Copy a model's folder, its tensors in another order and in several files, in another dtype if one is given."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = {
+        name: tensor.to(dtype or tensor.dtype) for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    scratch = save_checkpoint(target / "scratch", tensors, shards=5, reverse=True)
+    for file in scratch.iterdir():
+        file.rename(target / file.name)
+    scratch.rmdir()
+    return target
+
+
+def recipe_of(folders, files, method, *, more=None, task=None, **options):
+    """Return a recipe whose models have data."""
+    models = [
+        {"path": str(folder), **({"task": {"data": file, **(task or {})}} if file else {})}
+        for folder, file in zip(folders[1:], files, strict=True)
+    ]
+    return {"base": str(folders[0]), "models": models, "method": method, "options": options, **(more or {})}
+
+
+def setting_of(recipe, folder, **settings):
+    """Return what a learner is given for a recipe, and its options."""
+    from superpose.learning import learn as frame
+    from superpose.learning.setting import Setting, State
+    from superpose.planning import Settings, make_plan
+    from superpose.recipe import load_recipe
+    from superpose.run import _context, make_backend, survey_all
+
+    plan = make_plan(load_recipe(recipe), Settings(**settings))
+    assert plan.to_learn is not None, "there is nothing to learn"
+    method, options = plan.to_learn
+    context = _context(plan, None)
+    items = tuple(item for item in plan.items if item.action == "merge" and item.method == method)
+
+    def surveys(items, of):
+        return survey_all(items, items, make_backend("serial", None, 0), of, lambda _: None)
+
+    folder.mkdir(exist_ok=True)
+    tasks = frame._tasks(plan, method, context)
+    state = State(folder, "key")
+    return Setting(plan, items, context, tasks, surveys, state, lambda done, total: None), options
 
 
 def read(file):

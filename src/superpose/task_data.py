@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -61,6 +62,16 @@ class TaskData(BaseModel):
         """Return the columns that are read: what for, and their names."""
         named = {"image": self.image} if self.image else {"text": self.text, "pair": self.pair, "target": self.target}
         return {use: name for use, name in {**named, "label": self.label}.items() if name}
+
+    def hashes(self) -> dict[str, str]:
+        """Return the sha256 of the files that the model is made with: of its head, of its loader's code."""
+        named = {"head": self.head, "loader": self.loader.rpartition(":")[0]}
+        files = {use: Path(name).expanduser() for use, name in named.items() if name}
+        return {
+            f"{use}_sha256": hashlib.sha256(file.read_bytes()).hexdigest()
+            for use, file in files.items()
+            if file.is_file()
+        }
 
     def provenance(self) -> dict[str, Any]:
         """Return what a record says of it: all that is not at its default, and the path."""

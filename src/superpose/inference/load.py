@@ -29,6 +29,9 @@ from superpose.inference.library import quietly, the_library
 from superpose.reading import read_tensor
 from superpose.task_data import TaskData
 
+_ALIGNMENT = 64
+"""Bytes, of torch's own memory."""
+
 
 def load_model(location: str, task: TaskData, device: torch.device | None = None) -> LiveModel:
     """Return a model in memory that reads a task's rows, in float32 and without dropout.
@@ -50,9 +53,21 @@ def load_model(location: str, task: TaskData, device: torch.device | None = None
     else:
         found = _by_transformers(checkpoint, task)
     found.module.eval()
+    _align(found.module)
     if device is not None:
         found.module.to(device)
     return found
+
+
+def _align(module: nn.Module) -> None:
+    """Give weights that are views of files memory of their own, where torch would have put them.
+
+    Products of matrices round in another way where these begin at odd addresses: results would depend on the layout of
+    the files.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _open(location: str) -> Checkpoint:

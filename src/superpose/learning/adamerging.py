@@ -117,7 +117,7 @@ def learn(setting: Setting, options: AdamergingOptions) -> Learned:
         {key: row.clone() for key, row in zip(keys, final, strict=True)},
         {
             "objective": "mean entropy of predictions on unlabelled inputs",
-            "transductive": "it adapts to the inputs that it saw: results on them are no held-out results",
+            "transductive": "it adapts to the inputs that it saw",
             "steps": options.steps,
             "mean_coefficients": dict(zip(setting.plan.recipe.task_names, final.mean(dim=0).tolist(), strict=True)),
             "entropy": {"tasks": [task.name for task in setting.tasks], "by_step": _thinned(history)},
@@ -197,7 +197,7 @@ def _feed(task: Task, seed: int, skipped: int) -> Iterator[Batch]:
     name = int.from_bytes(task.name.encode()[:8], "big")
     number = 0
     while True:
-        order = np.random.default_rng([seed, name, number // len(made)]).permutation(len(made))
+        order = np.random.default_rng([seed % 2**64, name, number // len(made)]).permutation(len(made))
         for place in order[max(0, skipped - number) :] if skipped > number else order:
             yield made[place]
         number += len(made)

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from superpose.checkpoints.models import open_model
 from superpose.errors import SuperposeError
 from superpose.inference import TaskData, encode_rows
 from superpose.learning.setting import Learned, RunSurveys, Setting, State, Task, Tell
@@ -59,19 +60,30 @@ def learn_first(
         raise SuperposeError(f"{method} learns from the model's outputs", where=f"base {plan.base.name}", mend=mend)
     tasks = _tasks(plan, method, context)
     key = _key(plan, tasks)
+    took: dict[str, float] = {}
     if not _is_there(file, key):
         started = time.perf_counter()
         items = tuple(item for item in plan.items if item.action == "merge" and item.method == method)
         state = State(folder / STATE_FOLDER, key)
         setting = Setting(plan, items, context, tasks, surveys, state, tell)
-        found: Learned = import_module(f"superpose.learning.{method}").learn(setting, options)
-        seconds = round(time.perf_counter() - started, 3)
-        _write(file, found, _provenance(plan, tasks, found, key, seconds))
+        found = _on_one_thread(method, setting, options)
+        _write(file, found, _provenance(plan, tasks, found, key))
+        took = {"seconds": round(time.perf_counter() - started, 3)}  # for the record: the file is the same each time
     shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
     items, told = attach_learned(plan.items, file, plan.recipe.task_names)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     items = [replace(item, key=_digest([item.key, digest])) if item.learned is not None else item for item in items]
-    return replace(plan, items=tuple(items)), {**told, "sha256": digest}
+    return replace(plan, items=tuple(items)), {**told, **took, "sha256": digest}
+
+
+def _on_one_thread(method: str, setting: Setting, options: Any) -> Learned:
+    """Let a method learn; with more threads sums round in another order, and what it learns depended on the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return import_module(f"superpose.learning.{method}").learn(setting, options)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _tasks(plan: Plan, method: str, context: Context) -> tuple[Task, ...]:
@@ -100,9 +112,16 @@ def _task(name: str, data: TaskData, location: str, labelled: bool, context: Con
 def _key(plan: Plan, tasks: Sequence[Task]) -> str:
     made_of = [
         [item.key for item in plan.items],
-        [[task.data.model_dump(), task.location, task.rows.digest] for task in tasks],
+        [[task.data.model_dump(), task.location, task.rows.digest, _made_of(task)] for task in tasks],
     ]
     return _digest(made_of)
+
+
+def _made_of(task: Task) -> list[Any]:
+    """Return what tells a task's model from another of that name: its files, its head, its loader's code."""
+    files = [] if task.data.loader else open_model(task.location).files
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [stats, task.data.hashes()]
 
 
 def _is_there(file: Path, key: str) -> bool:
@@ -113,7 +132,7 @@ def _is_there(file: Path, key: str) -> bool:
         return False
 
 
-def _provenance(plan: Plan, tasks: Sequence[Task], found: Learned, key: str, seconds: float) -> dict[str, Any]:
+def _provenance(plan: Plan, tasks: Sequence[Task], found: Learned, key: str) -> dict[str, Any]:
     assert plan.to_learn is not None, "there was something to learn"
     method, options = plan.to_learn
     labels = "unlabelled" if method == "adamerging" else "labelled"
@@ -123,14 +142,14 @@ def _provenance(plan: Plan, tasks: Sequence[Task], found: Learned, key: str, sec
         "task_names": list(plan.recipe.task_names),
         "saw": [
             {
-                "task": task.name, **task.data.provenance(), "examples": len(task.examples), "rows": task.rows.total,
+                "task": task.name, **task.data.provenance(), **task.data.hashes(),
+                "examples": len(task.examples), "rows": task.rows.total,
                 "sha256": task.rows.digest, "used": labels,
             }
             for task in tasks
         ],
         "model": find_method(method).source,
         "key": key,
-        "seconds": seconds,
         "torch": torch.__version__,
         **found.facts,
     }  # fmt: skip

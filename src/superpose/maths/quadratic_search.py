@@ -56,15 +56,15 @@ def minimise(
     Returns:
         All trials, in order.
     """
-    draw = np.random.default_rng(seed)
-    radius = bound / 3
+    draw = np.random.default_rng(seed % 2**64)
+    radius, along = bound / 3, _along(start, evaluations)
     trials: list[Trial] = []
     for number in range(evaluations):
-        point = tuple(float(value) for value in np.clip(_next(trials, start, radius, draw), -bound, bound))
+        point = tuple(float(value) for value in np.clip(_next(trials, start, radius, along, draw), -bound, bound))
         before = best(trials).value if trials else np.inf
         value = known[number] if number < len(known) else function(point)
         trials.append(Trial(point, value))
-        if number > _along(start, evaluations):
+        if number > along:
             radius = min(bound, radius * (_GROWTH if value < before else _SHRINKAGE))
     return trials
 
@@ -79,14 +79,16 @@ def _along(start: Sequence[float], evaluations: int) -> int:
     return min(len(start), evaluations // 2)
 
 
-def _next(trials: Sequence[Trial], start: Sequence[float], radius: float, draw: np.random.Generator) -> np.ndarray:
+def _next(
+    trials: Sequence[Trial], start: Sequence[float], radius: float, along: int, draw: np.random.Generator
+) -> np.ndarray:
     """Return the point to try."""
     if not trials:
         return np.asarray(start, dtype=np.float64)
     centre, size = np.asarray(best(trials).point), len(start)
     number = len(trials)
     noise = draw.standard_normal(size)
-    if number <= size:
+    if number <= along:
         return centre + radius * np.eye(size)[number - 1]
     step = _minimiser(trials, centre, radius)
     if number % 3 == 0:
@@ -95,12 +97,22 @@ def _next(trials: Sequence[Trial], start: Sequence[float], radius: float, draw: 
     return centre + (0.5 * radius * noise if nearest < _SAME else step)
 
 
+def _rises(trials: Sequence[Trial]) -> Float[np.ndarray, " trials"]:
+    """Return how far each value is above the smallest, from 0 to 1; what is no number counts as the largest."""
+    values = np.asarray([trial.value for trial in trials])
+    finite = values[np.isfinite(values)]
+    if not finite.size or finite.min() == finite.max():
+        return np.zeros(len(values))
+    low, high = finite.min() / 2, finite.max() / 2  # halves: their difference is finite
+    return (np.where(np.isfinite(values), values / 2, high) - low) / (high - low)
+
+
 def _minimiser(trials: Sequence[Trial], centre: np.ndarray, radius: float) -> np.ndarray:
     """Return the step from the centre to where the fitted quadratic is smallest, no longer than the radius."""
     points = np.asarray([trial.point for trial in trials]) - centre
-    values = np.asarray([trial.value for trial in trials])
-    values = np.where(np.isfinite(values), values, np.max(values[np.isfinite(values)], initial=0.0))
     size = points.shape[1]
+    if not radius:
+        return np.zeros(size)
     pairs = list(combinations(range(size), 2)) if len(trials) > 1 + 2 * size else []
     columns = [
         points,
@@ -112,7 +124,7 @@ def _minimiser(trials: Sequence[Trial], centre: np.ndarray, radius: float) -> np
     ridge = np.full(features.shape[1], _RIDGE * nearness.mean())
     ridge[size:] *= 3  # curvatures are known less well than slopes
     system = features.T @ (nearness[:, None] * features) + np.diag(ridge)
-    fitted = np.linalg.solve(system, features.T @ (nearness * (values - values.min())))
+    fitted = np.linalg.solve(system, features.T @ (nearness * _rises(trials)))
     curvature = np.diag(fitted[size : 2 * size])
     for value, (i, j) in zip(fitted[2 * size :], pairs, strict=True):
         curvature[i, j] = curvature[j, i] = value

@@ -87,7 +87,7 @@ def prepare(
     metadata = {
         "statistics": kind,
         "model": {"path": model, **_fingerprint(model)},
-        "data": {**task.provenance(), "rows": rows.total, "sha256": rows.digest},
+        "data": {**task.provenance(), **task.hashes(), "rows": rows.total, "sha256": rows.digest},
         "examples": len(examples),
         "tokens": sum(batch.tokens for batch in made),
         "seed": task.seed,
