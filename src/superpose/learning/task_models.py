@@ -54,7 +54,9 @@ class SharedWeights:
             own = dict(live.module.named_parameters(remove_duplicate=False))
             shared: dict[int, nn.Parameter] = {}
             for item in wanted:
-                names = [live.names.get(name, name) for name in (item.name, *aliases.get(item.name, ()))]
+                own_names = [header.name for header in item.tuned if header is not None]
+                told = (item.name, *aliases.get(item.name, ()), *own_names)
+                names = [live.names.get(name, name) for name in told]
                 found = next((own[name] for name in names if name in own), None)
                 if found is None:
                     continue

@@ -128,8 +128,10 @@ def _item_with(
     kind = _statistics(item)
     found: list[TensorHeader | None] = []
     in_x_out = False
-    for file in files:
-        known = [name for name in (item.name, *names.get(item.name, ())) if name in file.tensors]
+    for file, tuned in zip(files, item.tuned, strict=True):
+        # A fine-tune can have the tensor under another name than the base: with its body's prefix, or tied.
+        own = () if tuned is None else (tuned.name,)
+        known = [name for name in (*own, item.name, *names.get(item.name, ())) if name in file.tensors]
         header = file.tensors[known[0]] if known else None
         found.append(header)
         if header is None:
