@@ -1,10 +1,11 @@
-"""A model folder (or MODEL+ADAPTER) in memory, ready to read rows: by transformers, or by the user's own function."""
+"""A model folder (or MODEL+ADAPTER) in memory, ready to read rows: by transformers, or by a function of the user."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from superpose.inference.library import quietly, the_library
 from superpose.reading import read_tensor
 from superpose.task_data import TaskData
 
+_ONE_AT_A_TIME = threading.Lock()
+"""transformers changes its classes while it loads, so that no weights are initialised or tied, and puts them back: two
+threads at once leave them changed."""
 _ALIGNMENT = 64
 """Bytes, of torch's own memory."""
 
@@ -48,10 +52,8 @@ def load_model(location: str, task: TaskData, device: torch.device | None = None
         SuperposeError: there is no such model, it lacks weights, or nothing is known that would answer the task.
     """
     checkpoint = _open(location)
-    if task.loader:
-        found = _call_loader(task, checkpoint)
-    else:
-        found = _by_transformers(checkpoint, task)
+    with _ONE_AT_A_TIME:
+        found = _call_loader(task, checkpoint) if task.loader else _by_transformers(checkpoint, task)
     found.module.eval()
     _align(found.module)
     if device is not None:
