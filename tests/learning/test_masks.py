@@ -138,6 +138,21 @@ def test_masks_begin_with_the_largest_entries_of_the_whole_model(tmp_path, folde
         assert all(torch.equal(kept[name][place], size >= least) for name, size in sizes.items())
 
 
+def test_models_that_are_loaded_by_threads_are_whole(tmp_path, root):
+    """transformers leaves its classes changed when two threads load at once: nothing is tied any more."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folders = family(root / "many", make_gpt2, tasks=4)
+    file = prompted(root / "some.jsonl")
+    made = recipe(folders, [file] * 4, epochs=1)
+    for entry in made["models"]:
+        entry["task"] |= {"target": "target", "label": ""}
+    setting, options = setting_of(made, tmp_path / "state", workers=4)
+    masks.learn(setting, options)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
 def test_a_strong_pull_empties_the_masks_and_binarising_does_not(tmp_path, folders, files):
     options = {"epochs": 10, "initial_density": 0.2, "learning_rate": 0.0, "l1": 1000.0}
     for regulariser, share in (("shrink", 0.0), ("binarise", 0.2)):

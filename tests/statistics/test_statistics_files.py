@@ -143,8 +143,15 @@ main()
 """
 
 
-@pytest.mark.parametrize("kind", ["fisher", "gram"])
-@pytest.mark.parametrize("moment", ["a group is finished", "sums are kept"])
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [
+        ("gram", "sums are kept"),
+        pytest.param("gram", "a group is finished", marks=pytest.mark.slow),
+        pytest.param("fisher", "sums are kept", marks=pytest.mark.slow),
+        pytest.param("fisher", "a group is finished", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_it_goes_on_to_the_same_bytes(tmp_path, folders, texts, kind, moment):
     (tmp_path / "slow.py").write_text(SLOW)
     arguments = ["statistics", kind, str(folders[1]), "--data", texts, "--loader", f"{tmp_path / 'slow.py'}:slow",

@@ -30,9 +30,9 @@ from superpose.inference.library import quietly, the_library
 from superpose.reading import read_tensor
 from superpose.task_data import TaskData
 
-_ONE_AT_A_TIME = threading.Lock()
+_ONE_AT_A_TIME = threading.RLock()
 """transformers changes its classes while it loads, so that no weights are initialised or tied, and puts them back: two
-threads at once leave them changed."""
+threads at once leave them changed. A loader may load by this as well."""
 _ALIGNMENT = 64
 """Bytes, of torch's own memory."""
 

@@ -158,7 +158,7 @@ def _provenance(plan: Plan, tasks: Sequence[Task], found: Learned, key: str) -> 
 def _write(file: Path, found: Learned, told: Mapping[str, Any]) -> None:
     scratch = file.with_name(f"{file.name}.new")
     tensors = {name: tensor.contiguous() for name, tensor in found.tensors.items()}
-    save_file(tensors, scratch, {"format": "pt", "superpose": json.dumps(told)})
+    save_file(tensors, scratch, {"superpose": json.dumps(told)})  # one key: several come in any order
     scratch.replace(file)
 
 
