@@ -148,6 +148,17 @@ def load_with_shared(file):
     return tensors | {name: tensors[owner] for name, owner in told.get("same", {}).items()}
 
 
+def test_masks_of_another_shape_are_no_masks_of_the_tensor():
+    """Even if they have as many entries."""
+    base, tuned = {"up.weight": torch.zeros(4, 6)}, [{"up.weight": torch.ones(4, 6)}]
+    learned = {"up.weight": torch.ones(1, 6, 4, dtype=torch.bool)}
+    with pytest.raises((SuperposeError, Problems), match="does not fit the tensor"):
+        library.merge_tensors(base, tuned, "localize_and_stitch", masks="learned", learned=learned)
+    learned = {"up.weight": torch.ones(1, 4, 6, dtype=torch.bool)}
+    found = library.merge_tensors(base, tuned, "localize_and_stitch", masks="learned", learned=learned)
+    assert torch.equal(found["up.weight"], tuned[0]["up.weight"])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_same_bytes_whatever_the_backend_the_workers_and_the_seed_of_hashes(tmp_path, recipe, merged, method):
     for name, settings in {

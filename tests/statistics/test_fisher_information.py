@@ -109,8 +109,9 @@ def test_exact_information_needs_no_labels(bert, texts, of_bert):
 
 
 def test_several_passes_give_what_one_gives(bert, texts, of_bert):
-    request = prepare("fisher", str(bert), TaskData(data=texts), memory=20_000)
+    request = prepare("fisher", str(bert), TaskData(data=texts), memory=40_000)
     assert len(request.groups) > 5
+    assert 0 < request.memory["statistics"] <= 40_000
     total = {}
     for group in request.groups:
         sums = request.statistic.sums(group, torch.device("cpu"))

@@ -318,10 +318,10 @@ def with_tensors(
         tensor = None if learned is None else learned.get(item.name, learned.get(EVERY_TENSOR))
         if tensor is not None and method is not None and "learned" in method.wants:
             tasks = len(item.tuned)
-            if tensor.dtype == torch.bool:
-                tensor = torch.stack([pack(row) for row in tensor])
-            header = _header(item.name, tensor)
-            if header is None or header.shape not in {(tasks,), (tasks, packed_bytes(item.numel))}:
+            masks = tensor.dtype == torch.bool
+            fits = not masks or tuple(tensor.shape) in {(tasks, *item.shape), (tasks, item.numel)}  # or flattened
+            header = _header(item.name, torch.stack([pack(row) for row in tensor]) if masks and fits else tensor)
+            if not fits or header is None or header.shape not in {(tasks,), (tasks, packed_bytes(item.numel))}:
                 mend = f"give coefficients of shape [{tasks}], or masks of the stacked task vectors' shape"
                 problems.append(SuperposeError("what was learned does not fit the tensor", where=item.name, mend=mend))
             else:

@@ -194,8 +194,7 @@ def _memory(
     statistic: Statistic, live: LiveModel, first: Batch, groups: Sequence[tuple[str, ...]], kind: str
 ) -> dict[str, int]:
     shapes = statistic.shapes()
-    width = 4 if kind == "fisher" else 8
-    largest = max(sum(width * prod(shapes[name]) for name in group) for group in groups)
+    largest = max(sum(statistic.width * prod(shapes[name]) for name in group) for group in groups)
     model = sum(parameter.numel() * parameter.element_size() for parameter in live.module.parameters())
     return {"model": model, "statistics": largest, "activations": _activations(live, first, kind == "fisher")}
 

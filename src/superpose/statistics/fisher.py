@@ -43,6 +43,8 @@ class Fisher:
     labels: Labels
     seed: int = 0
     kind: str = "fisher"
+    width: int = 12
+    """The sums; beside them two more while batches are compared with single examples, or an example's gradients."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each parameter, by the checkpoint's names."""

@@ -36,6 +36,7 @@ class Gram:
     live: LiveModel
     example: Batch
     kind: str = "gram"
+    width: int = 8
 
     @cached_property
     def owners(self) -> dict[str, str]:

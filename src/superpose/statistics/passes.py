@@ -35,6 +35,8 @@ class Statistic(Protocol):
     """What is added up over a model's data: `superpose.statistics.fisher.Fisher`, for one."""
 
     kind: str
+    width: int
+    """Bytes that an entry of the sums takes at most while a pass goes on."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor of the result, by name."""
@@ -75,7 +77,7 @@ def group_tensors(statistic: Statistic, memory: int) -> list[tuple[str, ...]]:
     groups: list[list[str]] = [[]]
     room = memory
     for name, shape in statistic.shapes().items():
-        size = 8 * prod(shape)
+        size = statistic.width * prod(shape)
         if groups[-1] and size > room:
             groups.append([])
             room = memory
