@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def merge_tensors(
     names: Sequence[str] | None = None,
     statistics: Sequence[Mapping[str, Tensor]] | None = None,
     learned: Mapping[str, Tensor] | None = None,
+    in_x_out: Collection[str] = (),
     **options: Any,
 ) -> dict[str, Tensor]:
     """Merge mappings of tensors in memory, by the code that merges files.
@@ -43,9 +44,10 @@ def merge_tensors(
         seed: for methods that draw random numbers.
         names: one per tuned model; a model's random numbers go by its name. "model 1" and so on when not given.
         statistics: of each tuned model, by the tensor's name: Fisher information in the tensor's shape (`fisher`), or
-            the Gram matrix of a linear map's inputs (`regmean`); what is not there is averaged.
+            the Gram matrix of a linear map's inputs (`regmean`); what no model has is averaged.
         learned: what a method learns from data: coefficients, shape (tasks,), by the tensor's name or "*" for all
             (`adamerging`, `lorahub`), or masks, shape (tasks, *shape) (`localize_and_stitch`). Nothing is learned here.
+        in_x_out: weights of linear maps that are stored in x out (GPT-2's), for `regmean`.
         **options: options of the method.
 
     Returns:
@@ -58,7 +60,7 @@ def merge_tensors(
     if statistics is not None and len(statistics) != len(tuned):
         what = f"statistics of {len(statistics)} models for {len(tuned)}"
         raise SuperposeError(what, where="statistics", mend="give one mapping per model")
-    known = (statistics, learned)
+    known = (statistics, learned, in_x_out)
     items, context = _plan_in_memory(base, tuned, method, options, weights, kinds, seed, names, known)
     merged, _ = merge_in_memory(items, context)
     tied = {alias: merged[owner] for alias, owner in shared_memory(base).items()}
@@ -106,7 +108,11 @@ def _plan_in_memory(
     kinds: Mapping[str, Kind] | None,
     seed: int,
     names: Sequence[str] | None,
-    known: tuple[Sequence[Mapping[str, Tensor]] | None, Mapping[str, Tensor] | None] = (None, None),
+    known: tuple[Sequence[Mapping[str, Tensor]] | None, Mapping[str, Tensor] | None, Collection[str]] = (
+        None,
+        None,
+        (),
+    ),
 ) -> tuple[list[WorkItem], Context]:
     """Return the items of a merge in memory and what they share."""
     if not tuned:

@@ -141,6 +141,10 @@ class Part:
             if header is not None:
                 row.copy_(read_tensor(header).reshape(-1)[start:stop])
                 self._check_statistics(header, row)
+                if row.numel() and float(row.min()) < 0:
+                    where = f"{header.file}, tensor {header.name}"
+                    mend = "make the file by superpose statistics fisher"
+                    raise SuperposeError("Fisher information is negative", where=where, mend=mend)
         return stacked
 
     def _check_statistics(self, header: TensorHeader | None, entries: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from superpose import merge_tensors
+from superpose import SuperposeError, merge_tensors
 from superpose.methods.average import AverageOptions, average
 from superpose.methods.fisher import FisherOptions, fisher
 
@@ -124,3 +124,15 @@ def test_breaks_zero_the_base_is_one_more_model():
 
 def test_defaults():
     assert FisherOptions() == FisherOptions(normalise=True, floor=1e-6, favor_target=False)
+
+
+def test_information_that_is_none_is_refused():
+    base, tuned = {"a": torch.zeros(2), "b": torch.zeros(2)}, [{"a": torch.ones(2), "b": torch.ones(2)}] * 2
+    whole = {"a": torch.ones(2), "b": torch.ones(2)}
+    with pytest.raises(SuperposeError, match="Fisher information is negative") as caught:
+        merge_tensors(base, tuned, "fisher", statistics=[whole, {**whole, "b": -torch.ones(2)}])
+    assert "tensor b" in caught.value.where
+    with pytest.raises(SuperposeError, match="the statistics of model 2 lack a tensor that others have"):
+        merge_tensors(base, tuned, "fisher", statistics=[whole, {"a": torch.ones(2)}])
+    merged = merge_tensors(base, tuned, "fisher", statistics=[{"a": torch.ones(2)}] * 2)
+    assert torch.equal(merged["b"], torch.ones(2))  # no model has it: the average

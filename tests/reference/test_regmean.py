@@ -160,3 +160,16 @@ def test_breaks_zero_the_base_is_one_more_model():
 
 def test_defaults():
     assert RegmeanOptions() == RegmeanOptions(alpha=0.9, ridge=1e-6)
+
+
+def test_maps_in_memory_that_are_stored_in_x_out_are_named():
+    maps, grams = random_maps(2, 4, 4, torch.float32), [gram.float() for gram in random_grams(2, 4)]
+    known = [{"layer.weight": gram} for gram in grams]
+    base = {"layer.weight": torch.zeros(4, 4)}
+    told = merge_tensors(base, [{"layer.weight": one} for one in maps], "regmean", statistics=known)
+    turned = [{"layer.weight": one.T.contiguous()} for one in maps]
+    found = merge_tensors(base, turned, "regmean", statistics=known, in_x_out=["layer.weight"])
+    assert torch.allclose(found["layer.weight"], told["layer.weight"].T, atol=1e-5)
+    assert not torch.allclose(
+        merge_tensors(base, turned, "regmean", statistics=known)["layer.weight"], told["layer.weight"].T, atol=1e-2
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -291,6 +291,7 @@ def with_tensors(
     items: Sequence[WorkItem],
     statistics: Sequence[Mapping[str, Tensor]] | None,
     learned: Mapping[str, Tensor] | None,
+    in_x_out: Collection[str],
     problems: list[SuperposeError],
 ) -> list[WorkItem]:
     """Return items with statistics and what was learned, both in memory.
@@ -299,6 +300,7 @@ def with_tensors(
         items: of a merge in memory.
         statistics: of each model, by the tensor's name.
         learned: by the tensor's name, or `EVERY_TENSOR`.
+        in_x_out: weights of linear maps that are stored in x out.
         problems: what is wrong is added to it.
 
     Returns:
@@ -310,11 +312,17 @@ def with_tensors(
         method = find_method(item.method) if item.action == "merge" else None
         if statistics is not None and method is not None and method.statistics is not None:
             headers = tuple(_header(item.name, known.get(item.name)) for known in statistics)
-            wanted = item.shape if method.statistics == "fisher" else _gram_shape(item, False)
+            turned = item.name in in_x_out
+            wanted = item.shape if method.statistics == "fisher" else _gram_shape(item, turned)
+            lacking = [place for place, header in enumerate(headers, 1) if header is None]
+            if method.statistics == "fisher" and 0 < len(lacking) < len(headers):
+                what = f"the statistics of model {lacking[0]} lack a tensor that others have"
+                mend = "give it for all models (zeros where nothing depends on it), or for none"
+                problems.append(SuperposeError(what, where=item.name, mend=mend))
             if any(header is not None and header.shape != wanted for header in headers):
                 mend = f"give {method.statistics} statistics of shape {list(wanted)}"
                 problems.append(SuperposeError("statistics do not fit the tensor", where=item.name, mend=mend))
-            item = replace(item, statistics=headers)
+            item = replace(item, statistics=headers, in_x_out=turned)
         tensor = None if learned is None else learned.get(item.name, learned.get(EVERY_TENSOR))
         if tensor is not None and method is not None and "learned" in method.wants:
             tasks = len(item.tuned)

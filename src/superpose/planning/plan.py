@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,6 +220,7 @@ def plan_tensors(
     kinds: Mapping[str, Kind] | None,
     statistics: Sequence[Mapping[str, Tensor]] | None = None,
     learned: Mapping[str, Tensor] | None = None,
+    in_x_out: Collection[str] = (),
 ) -> list[WorkItem]:
     """Plan a merge of tensors in memory.
 
@@ -230,6 +231,7 @@ def plan_tensors(
         kinds: what each tensor is; told by names and shapes where not given.
         statistics: of each tuned model, by the tensor's name: Fisher information in its shape, or a Gram matrix.
         learned: coefficients, shape (tasks,), by the tensor's name or "*" for all; or masks, shape (tasks, *shape).
+        in_x_out: weights of linear maps that are stored in x out, as Gram matrices need to be told.
 
     Returns:
         One item per tensor, by name.
@@ -267,7 +269,7 @@ def plan_tensors(
         for name, header in sorted(checkpoints[0].tensors.items())
         for kind, kind_from in [known[name]]
     ]
-    items = with_tensors(items, statistics, learned, problems)
+    items = with_tensors(items, statistics, learned, in_x_out, problems)
     raise_all(problems)
     return [with_cost(item, Settings()) for item in with_common_dtype(items)]
 
