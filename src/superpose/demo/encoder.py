@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from superpose.demo.downloads import Archive
 from superpose.demo.folders import complete_folder
 from superpose.errors import SuperposeError
+from superpose.inference.load import ONE_AT_A_TIME
 
 if TYPE_CHECKING:
     from superpose.demo.tasks import Examples
@@ -96,7 +97,8 @@ def load_body(folder: Path) -> transformers.PreTrainedModel:
     Raises:
         SuperposeError: if the folder lacks weights that the encoder has.
     """
-    body, found = transformers.AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    with ONE_AT_A_TIME:
+        body, found = transformers.AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     if lacking := sorted(found["missing_keys"]):
         raise SuperposeError(f"{lacking[0]} is not in the model folder", where=str(folder))
     return body.float().eval()

@@ -30,7 +30,7 @@ from superpose.inference.library import quietly, the_library
 from superpose.reading import read_tensor
 from superpose.task_data import TaskData
 
-_ONE_AT_A_TIME = threading.RLock()
+ONE_AT_A_TIME = threading.RLock()
 """transformers changes its classes while it loads, so that no weights are initialised or tied, and puts them back: two
 threads at once leave them changed. A loader may load by this as well."""
 _ALIGNMENT = 64
@@ -52,7 +52,7 @@ def load_model(location: str, task: TaskData, device: torch.device | None = None
         SuperposeError: there is no such model, it lacks weights, or nothing is known that would answer the task.
     """
     checkpoint = _open(location)
-    with _ONE_AT_A_TIME:
+    with ONE_AT_A_TIME:
         found = _call_loader(task, checkpoint) if task.loader else _by_transformers(checkpoint, task)
     found.module.eval()
     _align(found.module)
