@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def merge_tensors(
     statistics: Sequence[Mapping[str, Tensor]] | None = None,
     learned: Mapping[str, Tensor] | None = None,
     in_x_out: Collection[str] = (),
+    non_finite: str = "refuse",
     **options: Any,
 ) -> dict[str, Tensor]:
     """Merge mappings of tensors in memory, by the code that merges files.
@@ -48,6 +50,7 @@ def merge_tensors(
         learned: what a method learns from data: coefficients, shape (tasks,), by the tensor's name or "*" for all
             (`adamerging`, `lorahub`), or masks, shape (tasks, *shape) (`localize_and_stitch`). Nothing is learned here.
         in_x_out: weights of linear maps that are stored in x out (GPT-2's), for `regmean`.
+        non_finite: what becomes of NaN and infinity: "refuse"; "zero", the base's entry or 0 instead; or "keep".
         **options: options of the method.
 
     Returns:
@@ -62,7 +65,10 @@ def merge_tensors(
         raise SuperposeError(what, where="statistics", mend="give one mapping per model")
     known = (statistics, learned, in_x_out)
     items, context = _plan_in_memory(base, tuned, method, options, weights, kinds, seed, names, known)
-    merged, _ = merge_in_memory(items, context)
+    if non_finite not in ("refuse", "zero", "keep"):
+        mend = "choose one of refuse, zero, keep"
+        raise SuperposeError(f"'{non_finite}' is no treatment of NaN", where="non_finite", mend=mend)
+    merged, _ = merge_in_memory(items, replace(context, non_finite=non_finite))
     tied = {alias: merged[owner] for alias, owner in shared_memory(base).items()}
     return {name: merged[name] if name in merged else tied[name] for name in base}
 

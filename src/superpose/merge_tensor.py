@@ -25,6 +25,7 @@ from superpose.maths.randomness import Generator
 from superpose.maths.side_by_side import alone
 from superpose.maths.sparsify import Cuts, apply_cuts
 from superpose.maths.svd import thin_svd
+from superpose.non_finite import count, warnings_of
 from superpose.outputs import Outputs
 from superpose.parts import Context, Part, parts_of
 from superpose.planning import CHUNK, SURVEY_CHUNK, WorkItem
@@ -79,6 +80,8 @@ def merge_item(item: WorkItem, surveys: Mapping[Any, Any], context: Context, wri
         sha256, factors, numbers = sink.finish()
     outcome = _together(outcomes)
     troubles = tuple(context.cache.problems()) if context.cache else ()
+    if item.action == "merge" and context.non_finite != "refuse":
+        troubles += warnings_of(item, context.task_names, context.non_finite)
     return TensorRecord(
         name=item.name,
         kind=str(item.kind),
@@ -132,7 +135,7 @@ def _merge_in_pieces(part: Part, method: Method, survey: Any, sink: Outputs) -> 
         within = survey.within(start, stop) if survey is not None else None
         known = part.statistics(start, stop), part.learned(start, stop)
         merged = _call(method, part, stacked, base, within, part.generator.within(start), known)
-        sink.add(merged.tensor, base, method.acts_on)
+        sink.add(merged.tensor, base, method.acts_on, part.not_finite(start, stop))
         sink.add_beside(merged.beside)
         warnings += _warnings(merged, part)
         stats = dict(merged.stats)  # a method that takes pieces has numbers of the whole model, or none
@@ -157,7 +160,7 @@ def _merge_whole(part: Part, stacked: Tensor, base: Tensor, method: Method, surv
     measures: Mapping[str, Any] = {}
     if part.context.measure and part.item.kind in MATRIX_KINDS:
         measures = _measure(part, method, stacked, base, survey, known)
-    sink.add(merged.tensor, base, method.acts_on)
+    sink.add(merged.tensor, base, method.acts_on, part.not_finite(0, base.numel()))
     sink.add_beside(merged.beside)
     stats = dict(merged.stats)
     if method.beside is not None:
@@ -247,14 +250,17 @@ def _copy(item: WorkItem, context: Context, sink: Outputs) -> Outcome:
     base = read_tensor(item.base).reshape(-1)
     for start in range(0, base.numel(), CHUNK):
         sink.copy(base[start : start + CHUNK])
+    warnings: tuple[str, ...] = ()
+    if item.kind is not Kind.BUFFER and (bad := count(base)):  # a buffer may well be a mask of -inf
+        warnings = (f"{item.name}: {bad} entries of the base are NaN or infinite, and copied as they are",)
     other = [
         task
         for task, header in zip(context.task_names, item.tuned, strict=bool(item.tuned))
         if header is not None and _differs(header, base)
     ]
-    if not other:
-        return Outcome()
-    return Outcome(warnings=(f"{item.name}: {item.why}, copied from the base; {', '.join(other)} differ from it",))
+    if other:
+        warnings += (f"{item.name}: {item.why}, copied from the base; {', '.join(other)} differ from it",)
+    return Outcome(warnings=warnings)
 
 
 def _differs(header: TensorHeader, base: Tensor) -> bool:

@@ -29,12 +29,25 @@ class Outputs:
         self._weights = Sink(item, write)
         self._factors = FactorSink(item, item.factors, write) if item.factors is not None else None
 
-    def add(self, merged: Tensor, base: Tensor, acts_on: Literal["task_vectors", "weights"]) -> None:
-        """Take the next entries of what a method made, with the base's, whose memory may be used."""
+    def add(
+        self,
+        merged: Tensor,
+        base: Tensor,
+        acts_on: Literal["task_vectors", "weights"],
+        not_finite: Tensor | None = None,
+    ) -> None:
+        """Take the next entries of what a method made, with the base's, whose memory may be used.
+
+        Args:
+            merged: the entries.
+            base: the base's.
+            acts_on: whether `merged` are weights, or what is added to the base's.
+            not_finite: NaN and infinities that take the place of entries, 0 elsewhere; None for none.
+        """
         if self._factors is not None:
             self._factors.add(merged - base if acts_on == "weights" else merged.clone())
         if self._item.names:
-            self._weights.add(merged if acts_on == "weights" else base.add_(merged))
+            self._weights.add(merged if acts_on == "weights" else base.add_(merged), not_finite)
 
     def add_factors(self, update: LowRank, part: Part) -> None:
         """Take the next part's merged update by its factors."""

@@ -18,6 +18,7 @@ from superpose.maths.finite import is_finite
 from superpose.maths.low_rank import LowRank
 from superpose.maths.randomness import Generator
 from superpose.maths.streaming import TensorChunks
+from superpose.non_finite import only_not_finite, refusal
 from superpose.planning import WorkItem
 from superpose.reading import Update, read_tensor, read_update
 from superpose.registry import Cache, Grams, find_method
@@ -35,6 +36,7 @@ class Context:
         seed: of random numbers.
         cache: of what is costly to compute, if one is kept.
         split_tensors: whether idle workers take part in another's tensor.
+        non_finite: what becomes of NaN and infinity in inputs: "refuse", "zero" or "keep".
     """
 
     task_names: tuple[str, ...]
@@ -44,6 +46,7 @@ class Context:
     seed: int = 0
     cache: Cache | None = None
     split_tensors: bool = True
+    non_finite: str = "refuse"
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,11 @@ class Part:
         """
         found = [source.update.low_rank for source in self.tuned if source.update is not None]
         factors = tuple(low_rank for low_rank in found if low_rank is not None)
-        if not all(is_finite(half.reshape(-1)) for low_rank in factors for half in (low_rank.left, low_rank.right)):
-            raise self._not_finite(0, 0)
-        return factors
+        if all(is_finite(half.reshape(-1)) for low_rank in factors for half in (low_rank.left, low_rank.right)):
+            return factors
+        if self.context.non_finite != "zero":  # an entry of a factor is in a whole row: nothing could be kept in place
+            raise refusal(self.item, self.context.task_names)
+        return tuple(LowRank(_zeroed(low_rank.left), _zeroed(low_rank.right)) for low_rank in factors)
 
     def chunks(self, size: int, inputs: tuple[Tensor, Tensor] | None = None) -> TensorChunks:
         """Return the part's task vectors (or weights, if its method acts on them), in pieces.
@@ -207,8 +212,28 @@ class Part:
             for row, source in zip(stacked, self.tuned, strict=True):
                 _fill(row, source, start, stop, base, differs)
         if not is_finite(stacked if differs else pieces):  # where the base is not finite, no difference from it is
-            raise self._not_finite(start, stop)
+            if self.context.non_finite != "refuse":
+                self._take_for_the_base(stacked, base, start, stop, differs)
+            if not is_finite(pieces):
+                raise refusal(self.item, self.context.task_names)
         return stacked, base
+
+    def not_finite(self, start: int, stop: int) -> Tensor | None:
+        """Return what is to be put back into the entries start..stop of the result: NaN, infinities, 0 elsewhere.
+
+        Args:
+            start: first entry.
+            stop: one past the last entry.
+
+        Returns:
+            Shape (entries,), in the dtype of the arithmetic; None where all inputs are finite, or nothing is kept.
+        """
+        if self.context.non_finite != "keep" or self.item.in_factors:
+            return None
+        found = torch.zeros(stop - start, dtype=self.item.compute, device=self.context.device)
+        for piece in self._pieces(start, stop):
+            found += only_not_finite(piece.to(found))
+        return found if bool((found != 0).any()) else None
 
     def stacked(self, start: int, stop: int) -> Tensor:
         """Return entries start..stop of the flattened task vectors (or weights), in new memory: see `read`."""
@@ -221,31 +246,28 @@ class Part:
             return source.tensor.reshape(-1)[start:stop]
         return self.base.reshape(-1)[start:stop].to(task_vector) + task_vector
 
-    def _not_finite(self, start: int, stop: int) -> SuperposeError:
-        """Return an error that names the input with NaN or infinity in it."""
-        for header, tensor in self._inputs(start, stop):
-            if bad := int((~torch.isfinite(tensor)).sum()):
-                return SuperposeError(
-                    f"{bad} entries are NaN or infinite",
-                    where=f"{header.file}, tensor {header.name}",
-                    mend="use a checkpoint without them, or keep the base's tensor by a rule",
-                )
-        return SuperposeError(
-            "a difference of finite weights is infinite",
-            where=f"{self.item.base.file}, tensor {self.item.name}",
-            mend="the models differ by more than float32 can hold; check that they belong together",
-        )
+    def _take_for_the_base(self, stacked: Tensor, base: Tensor, start: int, stop: int, differs: bool) -> None:
+        """Let entries of the base that are not finite be 0, and such entries of a tuned model the base's."""
+        of_base, *of_tuned = self._by_model(start, stop)
+        bad_base = _not_finite_in(of_base, base)
+        base[bad_base] = 0
+        for row, pieces in zip(stacked, of_tuned, strict=True):
+            bad = _not_finite_in(pieces, base)
+            # What a model has where the base has nothing is all its own.
+            row[bad_base] = sum((piece.to(row)[bad_base] for piece in pieces), row.new_zeros(()))
+            row[bad] = 0 if differs else base[bad]
 
-    def _inputs(self, start: int, stop: int) -> Iterator[tuple[TensorHeader, Tensor]]:
-        """Yield what the entries start..stop come from: those of a tensor, or an adapter's factors."""
-        if self.item.reads_base:
-            yield self.item.base, self.base.reshape(-1)[start:stop]
-        headers = [header for header in self.item.tuned if header is not None]
-        for header, source in zip(headers, self.tuned, strict=True):
-            if isinstance(header, AdaptedTensor):
-                yield from ((part, read_tensor(part)) for part in header.parts)
-            else:
-                yield header, _tensor(source).reshape(-1)[start:stop]
+    def _pieces(self, start: int, stop: int) -> Iterator[Tensor]:
+        for group in self._by_model(start, stop):
+            yield from group
+
+    def _by_model(self, start: int, stop: int) -> Iterator[list[Tensor]]:
+        """Yield what the entries start..stop are made of, entry by entry: of the base, then of each tuned model."""
+        yield [self.base.reshape(-1)[start:stop]] if self.item.reads_base else []
+        for source in self.tuned:
+            update = source.update.dense if source.update is not None else None
+            whole = [source.tensor.reshape(-1), update] if source.tensor is not None else [update]
+            yield [tensor[start:stop] for tensor in whole if tensor is not None]
 
 
 def parts_of(item: WorkItem, context: Context) -> Iterator[Part]:
@@ -276,6 +298,18 @@ def _split(source: Source, axis: int, sizes: Sequence[int]) -> list[Source]:
     if source.update is not None:
         updates = source.update.split(axis, sizes)
     return [Source(tensor, update) for tensor, update in zip(tensors, updates, strict=True)]
+
+
+def _not_finite_in(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Return where any of the pieces is NaN or infinite."""
+    found = torch.zeros_like(like, dtype=torch.bool)
+    for piece in pieces:
+        found |= ~torch.isfinite(piece.to(like.device))
+    return found
+
+
+def _zeroed(factor: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(factor), factor, torch.zeros_like(factor))
 
 
 def _tensor(source: Source) -> Tensor:

@@ -138,6 +138,8 @@ class Recipe(_Strict):
     rules: tuple[Rule, ...] = ()
     dtype: Literal["base", "float64", "float32", "float16", "bfloat16"] = "base"
     seed: int = 0
+    non_finite: Literal["refuse", "zero", "keep"] = "refuse"
+    """What becomes of NaN and infinity in inputs (see `superpose.non_finite`)."""
     task: TaskData | None = None
     """Data of a new task, for methods that learn coefficients for one."""
     learned: Annotated[str, BeforeValidator(_path_text)] = ""

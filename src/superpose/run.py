@@ -168,6 +168,7 @@ def _context(plan: Plan, cache: Cache | None) -> Context:
         plan.recipe.seed,
         cache,
         plan.settings.split_tensors,
+        plan.recipe.non_finite,
     )
 
 

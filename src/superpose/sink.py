@@ -29,8 +29,13 @@ class Sink:
         # Parts that are columns lie scattered over the tensor: they are put together first.
         self._scattered = item.parts is not None and item.parts[0] != 0
 
-    def add(self, piece: Tensor) -> None:
-        """Take the next entries of the flattened result, in the dtype of the arithmetic."""
+    def add(self, piece: Tensor, not_finite: Tensor | None = None) -> None:
+        """Take the next entries of the flattened result, in the dtype of the arithmetic.
+
+        Args:
+            piece: the entries.
+            not_finite: NaN and infinities that take the place of entries, 0 elsewhere; None for none.
+        """
         cast = piece.reshape(-1).to(TORCH_DTYPES[self._item.dtype])
         if self._item.action == "merge" and not is_finite(cast):
             raise SuperposeError(
@@ -38,6 +43,8 @@ class Sink:
                 where=f"tensor {self._item.name}",
                 mend="choose a wider --dtype, such as float32, or a smaller scaling factor",
             )
+        if not_finite is not None:
+            cast = torch.where(not_finite != 0, not_finite.to(cast), cast)
         if self._scattered:
             self._pending.append(cast)
         else:

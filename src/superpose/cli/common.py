@@ -45,6 +45,10 @@ LearnedPlace = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="Dtype of the output: base, float32, bfloat16, ...")]
 Seed = Annotated[int | None, typer.Option(help="Seed of methods that draw random numbers.")]
+NonFinite = Annotated[
+    str | None,
+    typer.Option(help="NaN and infinity in inputs: refuse (default); zero: the base's entry, or 0; or keep them."),
+]
 ShardSize = Annotated[str | None, typer.Option(help="Most bytes in a file, such as 5GB.")]
 Form = Annotated[str | None, typer.Option(help="What comes out: model (default), adapter, or both.")]
 AdapterRank = Annotated[
@@ -91,6 +95,7 @@ def recipe_from(
     output: Mapping[str, Any],
     statistics: str | None = None,
     learned: str | None = None,
+    non_finite: str | None = None,
 ) -> Recipe:
     """Return the recipe that the command line describes; flags override what a recipe file says.
 
@@ -103,6 +108,7 @@ def recipe_from(
         output: what comes out, as far as flags say.
         statistics: one file per fine-tune, with commas.
         learned: folder of an earlier merge.
+        non_finite: what becomes of NaN and infinity in inputs.
 
     Returns:
         The recipe.
@@ -126,7 +132,7 @@ def recipe_from(
     if method is not None and method != content.get("method", DEFAULT_METHOD):
         content = {**content, "method": method, "options": {}}
     content["options"] = {**content.get("options", {}), **options}
-    said = {"dtype": dtype, "seed": seed, "learned": learned}
+    said = {"dtype": dtype, "seed": seed, "learned": learned, "non_finite": non_finite}
     content |= {key: value for key, value in said.items() if value is not None}
     if statistics is not None:
         content["models"] = _with_statistics(content["models"], statistics)

@@ -25,6 +25,7 @@ def merge(
     learned: common.LearnedPlace = None,
     dtype: common.Dtype = None,
     seed: common.Seed = None,
+    non_finite: common.NonFinite = None,
     shard_size: common.ShardSize = None,
     form: common.Form = None,
     adapter_rank: common.AdapterRank = None,
@@ -58,7 +59,7 @@ def merge(
         form_of_output = output_from(shard_size, form, adapter_rank, adapter_energy, per_layer_rank, rest)
         recipe = recipe_from(
             models, method=method, weights=weights, dtype=dtype, seed=seed, output=form_of_output,
-            statistics=statistics, learned=learned,
+            statistics=statistics, learned=learned, non_finite=non_finite,
         )  # fmt: skip
         settings = {
             "device": device, "backend": backend, "ray_address": ray_address, "workers": workers, "memory": memory,

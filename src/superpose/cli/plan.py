@@ -27,6 +27,7 @@ def plan(
     learned: common.LearnedPlace = None,
     dtype: common.Dtype = None,
     seed: common.Seed = None,
+    non_finite: common.NonFinite = None,
     shard_size: common.ShardSize = None,
     form: common.Form = None,
     adapter_rank: common.AdapterRank = None,
@@ -55,7 +56,7 @@ def plan(
         form_of_output = output_from(shard_size, form, adapter_rank, adapter_energy, per_layer_rank, rest)
         recipe = recipe_from(
             models, method=method, weights=weights, dtype=dtype, seed=seed, output=form_of_output,
-            statistics=statistics, learned=learned,
+            statistics=statistics, learned=learned, non_finite=non_finite,
         )  # fmt: skip
         made = api.plan(
             recipe,

@@ -322,7 +322,7 @@ def with_keys(
     prints = {file: fingerprint(file) for file in files}
     common = [
         code_digest(), torch.__version__, settings.device, settings.measure, recipe.seed,
-        list(weights), recipe.task_names,
+        list(weights), recipe.task_names, recipe.non_finite,
     ]  # fmt: skip
 
     def sources(item: WorkItem) -> list[Any]:

@@ -193,7 +193,7 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     known = with_data(items, recipe, tuned, tied, problems)
     raise_all(problems)
     items = [with_factors(item) for item in known.items]
-    raise_all([*factor_space_problems(items), *_set_problems(items, base)])
+    raise_all([*factor_space_problems(items), *_set_problems(items, base), *_keep_problems(recipe)])
     spelling = spell(base, adapters, architecture)
     items, problems, left_out = as_adapter(items, recipe, base, tuned, tied, spelling)
     raise_all(problems)
@@ -351,6 +351,14 @@ def _set_problems(items: Sequence[WorkItem], base: Checkpoint) -> list[Superpose
     return [
         SuperposeError(f"{made[0].method} needs a base that is one checkpoint", where=f"base {base.name}", mend=mend)
     ]
+
+
+def _keep_problems(recipe: Recipe) -> list[SuperposeError]:
+    """Return what forbids to keep NaN in its place: low-rank factors have no place for an entry."""
+    if recipe.non_finite != "keep" or recipe.output.form == "model":
+        return []
+    mend = "choose --non-finite zero, or --form model"
+    return [SuperposeError("an adapter cannot keep NaN and infinity in their places", where="non_finite", mend=mend)]
 
 
 def _bases(models: Sequence[Checkpoint | Adapter]) -> list[str]:
