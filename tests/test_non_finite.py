@@ -82,7 +82,7 @@ def test_every_input_is_refused_by_model_tensor_and_count(tmp_path):
         library.merge({"base": str(folders[0]), "models": [str(folder) for folder in folders[1:]]}, tmp_path / "out")
     said = [(problem.what, problem.where) for problem in caught.value.problems]
     assert [what for what, _ in said] == [
-        f"1 entries of {model} are NaN or infinite" for model in ("base", "math", "code")
+        f"1 entries are NaN or infinite in model {model}" for model in ("base", "math", "code")
     ]
     assert all("norm.weight" in where for _, where in said)
     assert not (tmp_path / "out").exists()
@@ -94,7 +94,7 @@ def test_on_the_command_line_and_in_the_record(tmp_path):
     folders[2] = save(tmp_path / "broken", tensors)
     refused = superpose("merge", *folders, "-o", tmp_path / "out", "--method", "ties", check=False)
     assert refused.returncode == 2
-    assert "1 entries of broken are NaN or infinite" in refused.stderr
+    assert "1 entries are NaN or infinite in model broken" in refused.stderr
     assert "--non-finite" in refused.stderr
     for treatment, kept in (("zero", 0), ("keep", 1)):
         out = tmp_path / treatment
@@ -126,7 +126,7 @@ def test_factors_of_adapters_are_zeroed_and_never_kept(tmp_path):
     factors = {"base_model.model.q.lora_A.weight": down, "base_model.model.q.lora_B.weight": up}
     save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
     recipe = {"base": str(tmp_path / "base"), "models": [str(tmp_path / "adapter")], "method": "task_arithmetic"}
-    with pytest.raises(SuperposeError, match="1 entries of adapter are NaN"):
+    with pytest.raises(SuperposeError, match="1 entries are NaN or infinite in model adapter"):
         library.merge(recipe, tmp_path / "out")
     library.merge(recipe | {"non_finite": "zero"}, tmp_path / "out")
     assert load(tmp_path / "out")["q.weight"].isfinite().all()

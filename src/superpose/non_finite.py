@@ -34,7 +34,9 @@ def refusal(item: WorkItem, task_names: Sequence[str]) -> SuperposeError:
     """
     problems: list[SuperposeError] = [
         SuperposeError(
-            f"{count} entries of {model} are NaN or infinite", where=f"{header.file}, tensor {header.name}", mend=MEND
+            f"{count} entries are NaN or infinite in model {model}",
+            where=f"{header.file}, tensor {header.name}",
+            mend=MEND,
         )
         for model, header, count in _found(item, task_names)
     ]
