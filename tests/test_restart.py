@@ -175,11 +175,15 @@ def test_killed_in_the_last_moments_a_merge_goes_on(tmp_path, monkeypatch, momen
     folders = make_family(tmp_path)
     from superpose import output_folder
 
+    def stop(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         if moment == "sync":
-            patch.setattr(output_folder, "_sync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            real = output_folder.sync
+            patch.setattr(output_folder, "sync", lambda path: stop() if path.name == "run.json" else real(path))
         else:
-            patch.setattr(type(tmp_path), "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(type(tmp_path), "rename", stop)
         with pytest.raises(KeyboardInterrupt):
             library.merge(recipe(folders), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -199,14 +203,14 @@ def test_killed_while_an_output_is_replaced_nothing_is_lost_or_left(tmp_path, mo
 
     real, renames = type(tmp_path).rename, []
 
-    def second_fails(path, target):
+    def none_after_the_first(path, target):
         renames.append(path)
-        if len(renames) == 2:
+        if len(renames) > 1:
             raise KeyboardInterrupt
         return real(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(tmp_path), "rename", second_fails)
+        patch.setattr(type(tmp_path), "rename", none_after_the_first)
         with pytest.raises(KeyboardInterrupt):
             library.merge(recipe(folders, method="stf"), tmp_path / "out", overwrite=True)
     assert weights(tmp_path / ".out.superpose-replaced") == first

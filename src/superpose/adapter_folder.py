@@ -110,7 +110,7 @@ def _containers(name: str) -> list[str]:
 def _cut(
     place: Path, items: Sequence[WorkItem], ranks: Mapping[str, int], records: Sequence[TensorRecord]
 ) -> list[TensorRecord]:
-    """Write the adapter's file from the one with room for more; take that away."""
+    """Write the adapter's file from the one with room for more, which stays for a restart: `publish` takes it away."""
     wide = place / WIDE_FILE
     reader = formats()[wide.suffix].open(wide)
     tensors = []
@@ -133,7 +133,6 @@ def _cut(
             for name, piece in pieces.items():
                 digests[name] = hashlib.sha256(writer.write(name, 0, piece)).hexdigest()
         writer.sync()
-    wide.unlink()
     return [
         replace(record, factors={name: digests[name] for name in record.factors}) if record.factors else record
         for record in records

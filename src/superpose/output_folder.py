@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
-from superpose.checkpoints.writer import Layout
+from superpose.checkpoints.writer import Layout, disk_problem
 from superpose.errors import SuperposeError
+from superpose.planning.adapters import WIDE_FILE
 from superpose.records import is_output
 
 JOURNAL_FILE = "journal.jsonl"
+NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP") if hasattr(errno, name)}
 
 
 def make_partial(folder: Path) -> None:
@@ -25,16 +31,20 @@ def make_partial(folder: Path) -> None:
     Raises:
         SuperposeError: something else is there, or it cannot be made.
     """
-    ours = (folder / JOURNAL_FILE).exists() or is_output(folder)
-    if folder.exists() and any(folder.iterdir()) and not ours:
-        raise SuperposeError(
-            "this folder is in the way, and no merge of superpose made it",
-            where=str(folder),
-            mend="move it, or choose another name for the output",
-        )
     try:
+        ours = (folder / JOURNAL_FILE).exists() or is_output(folder)
+        if folder.exists() and any(folder.iterdir()) and not ours:
+            raise SuperposeError(
+                "this folder is in the way, and no merge of superpose made it",
+                where=str(folder),
+                mend="move it, or choose another name for the output",
+            )
         folder.mkdir(parents=True, exist_ok=True)
+        _take_back_journal(folder)
         (folder / JOURNAL_FILE).touch()
+        # Before anything else is there: weights whose journal was lost with the power would be in the way.
+        sync(folder)
+        sync(folder.absolute().parent)
     except OSError as error:
         raise SuperposeError(
             f"the output cannot be made: {error.strerror}", where=str(folder), mend="choose another place"
@@ -42,11 +52,21 @@ def make_partial(folder: Path) -> None:
 
 
 def remove_strangers(folder: Path, layout: Layout, keep: Iterable[str] = ()) -> None:
-    """Remove what an earlier, different merge left in its folder, but for files of these names."""
-    known = {Path(file.name).parts[0] for file in layout.all_files} | {JOURNAL_FILE, *keep}
+    """Remove what an earlier, different merge left in its folder, but for files and folders of these names."""
+    files = {PurePosixPath(file.name) for file in layout.all_files} | {PurePosixPath(JOURNAL_FILE)}
+    _remove_others(folder, PurePosixPath(), files | {PurePosixPath(name) for name in keep})
+
+
+def _remove_others(folder: Path, place: PurePosixPath, known: Iterable[PurePosixPath]) -> None:
+    holders = {parent for file in known for parent in file.parents}
     for entry in folder.iterdir():
-        if entry.name not in known:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        name, is_folder = place / entry.name, entry.is_dir() and not entry.is_symlink()
+        if name in known:
+            continue
+        if name in holders and is_folder:
+            _remove_others(entry, name, known)
+        else:
+            shutil.rmtree(entry) if is_folder else entry.unlink()
 
 
 @contextlib.contextmanager
@@ -62,38 +82,53 @@ def locked(folder: Path) -> Iterator[None]:
         None: while the lock is held.
 
     Raises:
-        SuperposeError: another merge works on it, or the place cannot be written to.
+        SuperposeError: another merge works on it, the place cannot be written to, or no longer can.
     """
     path = folder.with_name(folder.name + ".lock")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folders(path.parent)
         stream = _acquire(path)
     except BlockingIOError as error:
         raise SuperposeError(
-            "another merge is writing this output",
+            f"another merge is writing this output{_holder(path)}",
             where=str(folder),
             mend="wait for it, or choose another name for the output",
         ) from error
     except OSError as error:
-        raise SuperposeError(
-            f"the output cannot be made: {error.strerror}", where=str(folder), mend="choose another place"
-        ) from error
+        what = f"the output cannot be made: {error.strerror}"
+        if error.errno in NO_LOCKS:
+            what = f"the output cannot be made: its file system has no locks ({error.strerror})"
+        raise SuperposeError(what, where=str(folder), mend="choose another place") from error
     with stream:
         try:
             yield
+        except OSError as error:
+            problem = disk_problem(error, folder)
+            if problem is None:
+                raise
+            raise problem from error
         finally:
             path.unlink(missing_ok=True)
+
+
+def _make_folders(folder: Path) -> None:
+    """Make a folder and those that hold it, so that they outlast a power cut."""
+    if not folder.is_dir():
+        _make_folders(folder.absolute().parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.absolute().parent)
 
 
 def _acquire(path: Path) -> IO[str]:
     """Return the open lock file, locked, and sure to be the one that others see under its name."""
     while True:
-        stream = path.open("w")
+        stream = path.open("a", encoding="utf-8")  # not emptied: it may tell of the one who holds it
         try:
             import fcntl
 
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
+                _say_who(stream)
                 return stream
             stream.close()  # its holder removed it in this moment
         except ImportError:  # Windows has no flock: two merges into one output are not noticed there
@@ -103,31 +138,100 @@ def _acquire(path: Path) -> IO[str]:
             raise
 
 
+def _say_who(stream: IO[str]) -> None:
+    """Write into a lock file who holds it, for those who find it locked."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S%z")
+    told = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n"
+    with contextlib.suppress(OSError):  # on a full disk others are told less; that it is full will show
+        os.ftruncate(stream.fileno(), 0)
+        os.write(stream.fileno(), told.encode())
+
+
+def _holder(path: Path) -> str:
+    """Return who holds a lock, in words; nothing where that is not known."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        process, host, since = int(told["process"]), str(told["host"]), str(told["since"])
+        # A new holder has the lock for a moment before it has its own name there.
+        if host == socket.gethostname() and not _is_alive(process):
+            return ""
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return ""
+    return f": process {process} on {host}, since {since}"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
 def settle_replaced(output: Path) -> None:
     """Finish what a run left that was killed while it replaced an output."""
+    shutil.rmtree(_removed(output), ignore_errors=True)  # a deletion that was cut short
     replaced = _replaced(output)
     if not is_output(replaced):
         return
-    if output.exists():
-        shutil.rmtree(replaced)
-    else:
+    if is_output(output):
+        # Renamed first: cut short, it is no whole output any more, and must not pass for one.
+        replaced.rename(_removed(output))
+        sync(output.absolute().parent)
+        shutil.rmtree(_removed(output), ignore_errors=True)  # what cannot be removed now goes next time
+    elif not output.exists() or (output.is_dir() and not any(output.iterdir())):
         replaced.rename(output)
 
 
 def publish(partial_folder: Path, output: Path) -> None:
-    """Give the finished folder its name; what had the name before goes away after."""
-    for file in partial_folder.iterdir():
-        _sync(file)
-    # Killed from here on, the record still says whose folder it is (see `make_partial`).
-    (partial_folder / JOURNAL_FILE).unlink()
-    _sync(partial_folder)
+    """Give the finished folder its name; what had the name before goes away after.
+
+    Args:
+        partial_folder: `OUT.partial`, complete.
+        output: its final name.
+
+    Raises:
+        SuperposeError: something else has taken the name in the meantime, or it cannot be given.
+    """
+    for file in partial_folder.rglob(WIDE_FILE):  # a restart before this moment would have needed it
+        file.unlink()
+    for folder, _, files in os.walk(partial_folder):
+        for file in files:
+            sync(Path(folder) / file)
+        sync(Path(folder))
+    # Kept beside until the folder has its name; whose folder it is says the record (see `make_partial`).
+    (partial_folder / JOURNAL_FILE).replace(_journal_aside(partial_folder))
+    sync(partial_folder.absolute().parent)
+    sync(partial_folder)
+    try:
+        _replace(partial_folder, output)
+    except OSError as error:
+        _take_back_journal(partial_folder)
+        mend = "make room for that name, and run the same command again: finished tensors are kept"
+        what = f"the output cannot be given its name: {error.strerror}"
+        raise SuperposeError(what, where=str(output), mend=mend) from error
+    sync(output.absolute().parent)
+    _journal_aside(partial_folder).unlink(missing_ok=True)
+    settle_replaced(output)
+
+
+def _replace(partial_folder: Path, output: Path) -> None:
+    """Give a folder its name, and put what had it out of the way; back, should it fail."""
     if output.is_dir() and not any(output.iterdir()):
         output.rmdir()
-    elif output.exists():
-        output.rename(_replaced(output))
-    partial_folder.rename(output)
-    _sync(output.absolute().parent)
-    settle_replaced(output)
+    if not output.exists():
+        partial_folder.rename(output)
+        return
+    if not is_output(output):
+        raise FileExistsError(errno.EEXIST, "something else has it", str(output))
+    output.rename(_replaced(output))
+    try:
+        partial_folder.rename(output)
+    except BaseException:
+        _replaced(output).rename(output)
+        raise
 
 
 def _replaced(output: Path) -> Path:
@@ -135,7 +239,27 @@ def _replaced(output: Path) -> Path:
     return output.with_name(f".{output.name}.superpose-replaced")
 
 
-def _sync(path: Path) -> None:
+def _removed(output: Path) -> Path:
+    return output.with_name(f".{output.name}.superpose-removed")
+
+
+def _journal_aside(partial_folder: Path) -> Path:
+    return partial_folder.with_name(f"{partial_folder.name}.journal")
+
+
+def _take_back_journal(partial_folder: Path) -> None:
+    """Put the journal back that a run had moved aside, to give the folder its name."""
+    aside = _journal_aside(partial_folder)
+    if not aside.exists():
+        return
+    if is_output(partial_folder) and not (partial_folder / JOURNAL_FILE).exists():
+        aside.replace(partial_folder / JOURNAL_FILE)
+    else:  # that folder has its name, and this one is another's
+        aside.unlink()
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

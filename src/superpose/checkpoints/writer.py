@@ -166,6 +166,9 @@ class StreamWriter:
             for file in layout.all_files:
                 (folder / file.name).parent.mkdir(exist_ok=True)
                 self._descriptors[file.name] = _open_full_size(folder / file.name, file)
+        except OSError as error:
+            self.close()
+            raise disk_problem(error, folder) or error from error
         except BaseException:
             self.close()
             raise
@@ -195,7 +198,7 @@ class StreamWriter:
             try:
                 written = os.pwrite(descriptor, left, place)
             except OSError as error:
-                raise _disk_error(error, slot.file) from error
+                raise disk_problem(error, slot.file) or error from error
             place, left = place + written, left[written:]
 
     def digest(self, name: str) -> str:
@@ -212,8 +215,11 @@ class StreamWriter:
 
     def sync(self) -> None:
         """Bring everything written to the disk."""
-        for descriptor in self._descriptors.values():
-            os.fsync(descriptor)
+        for file, descriptor in self._descriptors.items():
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise disk_problem(error, file) or error from error
 
     def close(self) -> None:
         """Close the files."""
@@ -285,18 +291,35 @@ def _open_full_size(path: Path, file: OutputFile) -> int:
             os.pwrite(descriptor, file.header, 0)
     except OSError as error:
         os.close(descriptor)
-        raise _disk_error(error, path.name) from error
+        raise disk_problem(error, path.name) or error from error
     return descriptor
 
 
-def _disk_error(error: OSError, file: str) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return SuperposeError(
-            f"the disk is full: {error.strerror}",
-            where=file,
-            mend="free some space and run the same command again: finished tensors are kept",
-        )
-    return error
+def disk_problem(error: OSError, place: str | Path) -> SuperposeError | None:
+    """Return what an error says of the disk that is written to, in words; None if it says nothing of it.
+
+    Args:
+        error: what a system call raised.
+        place: file or folder that was written; the error's own file is named if it has one.
+
+    Returns:
+        The problem.
+    """
+    where, again = str(error.filename or place), "run the same command again: finished tensors are kept"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SuperposeError(f"the disk is full: {error.strerror}", where=where, mend=f"free some space and {again}")
+    if error.errno == errno.EFBIG:
+        what = f"no file may become as large as this one: {error.strerror}"
+        mend = f"raise the limit (ulimit -f), or write smaller files with --shard-size, and {again}"
+        return SuperposeError(what, where=where, mend=mend)
+    if error.errno == errno.EIO:
+        what = f"the disk fails: {error.strerror}"
+        return SuperposeError(what, where=where, mend=f"choose another disk, or mend this one and {again}")
+    ours = error.filename is not None and str(error.filename).startswith(str(place))
+    if ours and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        what = f"the output cannot be written: {error.strerror}"
+        return SuperposeError(what, where=where, mend=f"give yourself the right to write there, and {again}")
+    return None
 
 
 def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:

@@ -21,6 +21,7 @@ from superpose.errors import SuperposeError
 from superpose.inference import TaskData, encode_rows
 from superpose.learning.setting import Learned, RunSurveys, Setting, State, Task, Tell
 from superpose.learning.task_models import load_for
+from superpose.output_folder import sync
 from superpose.parts import Context
 from superpose.planning import LEARNED_FILE, Plan, attach_learned
 from superpose.registry import find_method
@@ -159,6 +160,7 @@ def _write(file: Path, found: Learned, told: Mapping[str, Any]) -> None:
     scratch = file.with_name(f"{file.name}.new")
     tensors = {name: tensor.contiguous() for name, tensor in found.tensors.items()}
     save_file(tensors, scratch, {"superpose": json.dumps(told)})  # one key: several come in any order
+    sync(scratch)  # the name must not outlast the content when the power goes
     scratch.replace(file)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from superpose.inference import IGNORED, Batch, Example, LiveModel, Rows, TaskData, batches
 from superpose.learning.task_models import load_for
+from superpose.output_folder import sync
 from superpose.parts import Context
 from superpose.planning import Plan, WorkItem
 
@@ -114,6 +115,7 @@ class State:
         scratch = self._folder / f"{name}.new"
         told = {"key": self._key, "facts": json.dumps(facts)}
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, scratch, told)
+        sync(scratch)  # the name must not outlast the content when the power goes
         scratch.replace(self._folder / f"{name}.safetensors")
 
     def load(self, name: str) -> tuple[dict[str, Tensor], Any] | None:

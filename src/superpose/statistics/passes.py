@@ -25,6 +25,7 @@ from torch import Tensor
 
 from superpose.checkpoints.writer import StreamWriter, lay_out_file
 from superpose.inference import Batch
+from superpose.output_folder import sync
 
 AddBatch = Callable[[Batch], None]
 FILE, PROGRESS, SUMS = "statistics.safetensors", "progress.json", "sums.safetensors"
@@ -139,7 +140,9 @@ def run_passes(
 def publish_file(file: Path, target: Path) -> None:
     """Give a finished file its name, and remove the folder that it was made in."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    sync(file)
     file.replace(target)
+    sync(target.absolute().parent)
     shutil.rmtree(file.parent)
 
 
@@ -200,4 +203,5 @@ def _replace(file: Path, write: Callable[[Path], None]) -> None:
     """Write a file so that its name always stands for a complete one."""
     scratch = file.with_name(file.name + ".new")
     write(scratch)
+    sync(scratch)  # the name must not outlast the content when the power goes
     scratch.replace(file)
