@@ -148,6 +148,7 @@ def rebuild(
     partial = output.with_name(output.name + ".partial")
     with locked(partial):
         settle_replaced(output)
+        raise_all(check_output(original, (merged,), output, overwrite=overwrite))  # another may have made it meanwhile
         make_partial(partial)
         remove_strangers(partial, layout)
         with contextlib.closing(StreamWriter(partial, layout)) as writer:

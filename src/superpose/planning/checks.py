@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -28,10 +29,21 @@ LONGEST_NAME = 230
 def check_output(
     base: Checkpoint, tuned: Sequence[Checkpoint | Adapter], output: Path, *, overwrite: bool
 ) -> list[SuperposeError]:
-    """Return what forbids an output of this name: it exists, or an input would be overwritten."""
-    place, mend = output.resolve(), "choose another name for the output"
+    """Return what forbids an output of this name: it exists, an input would go, or no folder can have it."""
+    mend = "choose another name for the output"
     if not output.name or len(os.fsencode(output.name)) > LONGEST_NAME:
         return [SuperposeError("the output has no usable name", where=str(output), mend=mend)]
+    try:
+        return _check_place(base, tuned, output, overwrite=overwrite)
+    except OSError as error:  # no right to look there, or a path that is too long
+        what = f"the output cannot be made: {error.strerror}"
+        return [SuperposeError(what, where=str(error.filename or output), mend="choose another place")]
+
+
+def _check_place(
+    base: Checkpoint, tuned: Sequence[Checkpoint | Adapter], output: Path, *, overwrite: bool
+) -> list[SuperposeError]:
+    place, mend = output.resolve(), "choose another name for the output"
     if output.name.endswith(PARTIAL):
         what = f"names that end in {PARTIAL} are those of merges under way"
         return [SuperposeError(what, where=str(output), mend=mend)]
@@ -42,6 +54,10 @@ def check_output(
         if inside or any(place in (known, *known.parents) for known in inputs):
             what = f"the output would lie in or replace {checkpoint.name}"
             return [SuperposeError(what, where=str(output), mend=mend)]
+    if _is_mount_point(output):
+        # It could not be replaced by the finished folder, which would be found out at the very end.
+        mend = f"name a folder in it: {output / 'merged'}"
+        return [SuperposeError("the output is a mount point, and cannot be replaced", where=str(output), mend=mend)]
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return []
     if overwrite and is_output(output):
@@ -80,14 +96,43 @@ def check_room(layout: Layout, output: Path | None) -> list[SuperposeError]:
     place = output.absolute().parent
     while not place.exists():
         place = place.parent
-    partial = output.with_name(output.name + ".partial")
-    there = sum(f.stat().st_size for f in partial.glob("*.safetensors")) if partial.is_dir() else 0
-    free = shutil.disk_usage(place).free + there
-    if free >= layout.file_bytes:
+    taken = _bytes_taken(output.with_name(output.name + PARTIAL))
+    missing = layout.file_bytes - taken - shutil.disk_usage(place).free
+    if missing <= 0:
         return []
-    needed, left = layout.file_bytes / 2**30, free / 2**30
-    what = f"not enough room: {needed:.2f} GiB are needed, {left:.2f} GiB are free"
+    needed, left = _size(layout.file_bytes), _size(layout.file_bytes - missing)
+    there = f" or taken by the run before ({_size(taken)})" if taken else ""
+    what = f"not enough room: {needed} are needed, {left} are free{there}, {_size(missing)} are missing"
     return [SuperposeError(what, where=str(place), mend="free some space, or choose another place for the output")]
+
+
+def _bytes_taken(partial: Path) -> int:
+    """Return the room on the disk that an earlier run's folder takes: it is used again, or given back."""
+    if not partial.is_dir():
+        return 0
+    # By blocks: a file of full size that the disk had no room for takes less than its size.
+    return sum(512 * file.lstat().st_blocks for file in partial.rglob("*") if file.is_file())
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def _is_mount_point(folder: Path) -> bool:
+    if os.path.ismount(folder):
+        return True
+    # What is mounted from the same file system shows in this list alone.
+    mounts = Path("/proc/self/mountinfo")
+    if not folder.is_dir() or not mounts.exists():
+        return False
+    lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    # Spaces and the like are written by their octal numbers: \040.
+    found = {re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4]) for line in lines}
+    return str(folder.resolve()) in found
 
 
 def check_backend(settings: Settings) -> list[SuperposeError]:
