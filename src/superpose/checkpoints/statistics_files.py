@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,16 @@ class StatisticsFile:
     tensors: Mapping[str, TensorHeader]
     in_x_out: frozenset[str]
     provenance: Mapping[str, Any]
+
+
+def content_digest(files: Iterable[Path]) -> str:
+    """Return the sha256 of the bytes of all files, one after the other in order of name."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def open_statistics(file: Path, kind: str, where: str) -> StatisticsFile:

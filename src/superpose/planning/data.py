@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from superpose.checkpoints.files import headers_of
 from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.headers import DTYPE_NAMES, TensorHeader, TensorInMemory
 from superpose.checkpoints.lora import Adapter
-from superpose.checkpoints.statistics_files import StatisticsFile, open_statistics
+from superpose.checkpoints.statistics_files import StatisticsFile, content_digest, open_statistics
 from superpose.errors import SuperposeError, nearest
 from superpose.maths.bits import pack, packed_bytes
 from superpose.planning.items import WorkItem
@@ -110,7 +111,7 @@ def _with_statistics(
         names.setdefault(owner, []).append(alias)
         names.setdefault(alias, []).append(owner)
     found = [_item_with(item, files, names, problems) if _statistics(item) else item for item in items]
-    notes = _other_models(files, recipe, tuned) + _without(found, kinds[0])
+    notes = _other_models(files, recipe, tuned, problems) + _without(found, kinds[0])
     return found, notes, tuple(file.provenance for file in files)
 
 
@@ -155,18 +156,57 @@ def _gram_shape(item: WorkItem, in_x_out: bool) -> tuple[int, ...]:
     return width, width
 
 
-def _other_models(files: Sequence[StatisticsFile], recipe: Recipe, tuned: Sequence[Checkpoint | Adapter]) -> list[str]:
-    """Return a note for each model whose files are not those that its statistics were made from."""
+def _other_models(
+    files: Sequence[StatisticsFile],
+    recipe: Recipe,
+    tuned: Sequence[Checkpoint | Adapter],
+    problems: list[SuperposeError],
+) -> list[str]:
+    """Add a problem for each model whose weights are not those that its statistics were made from.
+
+    Fine-tunes of one base have files of the same names and sizes: only their bytes tell one from another, or from what
+    it was before more training. All of them are read, which the merge does anyway.
+
+    Args:
+        files: of statistics.
+        recipe: names the models.
+        tuned: the models.
+        problems: what is wrong is added to it.
+
+    Returns:
+        A note for each model that is stored in other files: they may hold the same weights, in another dtype.
+    """
+    there = [{(one.name, one.stat().st_size) for one in model.files} for model in tuned]
+    told = [_told(file) for file in files]
+    looked_at = [place for place, known in enumerate(there) if any(known == names for names, _ in told)]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda place: content_digest(tuned[place].files), looked_at)
+        digests = dict(zip(looked_at, found, strict=True))
     notes = []
-    for file, name, model in zip(files, recipe.task_names, tuned, strict=True):
-        try:
-            told = {(str(one["name"]), int(one["bytes"])) for one in file.provenance["model"]["files"]}
-        except (KeyError, TypeError, ValueError):  # made by another program, or by hand
+    for place, (file, name, model, (names, digest)) in enumerate(
+        zip(files, recipe.task_names, tuned, told, strict=True)
+    ):
+        if not names or not isinstance(model, Checkpoint) or digests.get(place) == digest:
             continue
-        there = {(one.name, one.stat().st_size) for one in model.files}
-        if isinstance(model, Checkpoint) and told != there:
+        others = [recipe.task_names[other] for other, known in digests.items() if known == digest]
+        if others or names == there[place]:
+            mend = f"make them again: superpose statistics {file.kind} {recipe.models[place].path} --data DATA -o FILE"
+            if others:
+                mend = f"they are those of model {others[0]}: name the files in the order of the models"
+            what = f"the statistics of model {name} were made from other weights than it has"
+            problems.append(SuperposeError(what, where=str(file.file), mend=mend))
+        else:
             notes.append(f"{file.file} was made from files that differ in name or size from those of model {name}")
     return notes
+
+
+def _told(file: StatisticsFile) -> tuple[set[tuple[str, int]], str]:
+    """Return names and sizes of the files that statistics were made from, and the digest of their bytes."""
+    try:
+        model = file.provenance["model"]
+        return {(str(one["name"]), int(one["bytes"])) for one in model["files"]}, str(model["sha256"])
+    except (KeyError, TypeError, ValueError):  # made by another program, or by hand
+        return set(), ""
 
 
 def _without(items: Sequence[WorkItem], kind: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from superpose.checkpoints.models import open_model
+from superpose.checkpoints.statistics_files import content_digest
 from superpose.errors import SuperposeError
 from superpose.inference import Batch, LiveModel, TaskData, batches, encode_rows, load_model
 from superpose.output_folder import locked, make_partial
@@ -228,12 +228,7 @@ def _fingerprint(model: str) -> dict[str, Any]:
     files: list[Path] = []
     with contextlib.suppress(SuperposeError):  # a loader may read what is no checkpoint of ours
         files = list(open_model(model).files)
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
     return {
         "files": [{"name": file.name, "bytes": file.stat().st_size} for file in sorted(files)],
-        "sha256": digest.hexdigest(),
+        "sha256": content_digest(files),
     }
