@@ -21,7 +21,7 @@ from torch import Tensor
 
 from superpose.backends import Backend
 from superpose.checkpoints.adapted import files_of
-from superpose.checkpoints.files import content_mark
+from superpose.checkpoints.stamps import content_sample
 from superpose.checkpoints.writer import GuestWriter, Layout, StreamWriter, as_bytes
 from superpose.errors import SuperposeError
 from superpose.journal import Journal
@@ -120,7 +120,7 @@ def with_inputs_checked(backend: Backend, items: Sequence[WorkItem]) -> Backend:
     if backend.in_process:
         return backend
     files = {file for item in items for file in _files(item)}
-    return _Checking(backend, {file: content_mark(file) for file in files})
+    return _Checking(backend, {file: content_sample(file) for file in files})
 
 
 class _Checking:
@@ -163,7 +163,7 @@ def _files(item: WorkItem) -> list[Path]:
 def _check(file: Path, mark: str) -> None:
     """Check once that a file is here, and is the one that was planned with."""
     try:
-        same = content_mark(file) == mark
+        same = content_sample(file) == mark
     except OSError as error:
         what = f"an input cannot be read on a node: {error.strerror}"
     else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from superpose.checkpoints.adapted import AdaptedTensor, FactorPair
 from superpose.checkpoints.files import formats
-from superpose.checkpoints.headers import Reader, TensorHeader, TensorInMemory
+from superpose.checkpoints.headers import TORCH_DTYPES, Reader, TensorHeader, TensorInMemory
 from superpose.errors import SuperposeError
 from superpose.maths.low_rank import LowRank, total, zero
 from superpose.planning import WorkItem
@@ -74,7 +74,11 @@ def read_tensor(header: TensorHeader) -> Tensor:
     except FileNotFoundError as error:
         mend = "put the file back and run the same command again: finished tensors are kept"
         raise SuperposeError("the file is gone since the merge began", where=str(header.file), mend=mend) from error
-    return _reader(header.file, status.st_size, status.st_mtime_ns).read(header.name)
+    tensor = _reader(header.file, status.st_size, status.st_mtime_ns).read(header.name)
+    if tuple(tensor.shape) != header.shape or tensor.dtype != TORCH_DTYPES[header.dtype]:
+        what, mend = "the tensor is another since the merge began", "run the same command again"
+        raise SuperposeError(what, where=f"{header.file}, tensor {header.name}", mend=mend)
+    return tensor
 
 
 @lru_cache(maxsize=1024)

@@ -40,6 +40,7 @@ from superpose.records import RECORD_FILE, RunRecord, TensorRecord
 from superpose.registry import Cache, find_method
 from superpose.report.card import model_card
 from superpose.task_sets import write_tasks
+from superpose.watch import Watch, watched
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -101,13 +102,15 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None, cache: Cach
         plan, learned = _learn(plan, partial_folder, report or (lambda _: None), cache)
         backend = make_backend(settings.backend, settings.workers, settings.memory, settings.ray_address)
         ending.callback(backend.close)
-        backend = with_inputs_checked(backend, plan.items)
+        watch = Watch(plan.stamps)
+        backend = watched(with_inputs_checked(backend, plan.items), watch)
         with contextlib.closing(StreamWriter(partial_folder, plan.layout)) as writer:
             finished = journal.finished(plan.items, writer)
-            records = _merge_all(plan, backend, journal, writer, finished, report or (lambda _: None), cache)
+            records = _merge_all(plan, backend, watch, journal, writer, finished, report or (lambda _: None), cache)
             writer.sync()
         if plan.recipe.output.form != "model":
             records = write_adapter(partial_folder, plan, records)
+        watch.check_all()
         record = _make_record(plan, output, records, backend, len(finished), time.perf_counter() - started)
         record = replace(record, learned=learned)
         _write_sidecars(plan, partial_folder, record)
@@ -175,6 +178,7 @@ def _context(plan: Plan, cache: Cache | None) -> Context:
 def _merge_all(
     plan: Plan,
     backend: Backend,
+    watch: Watch,
     journal: Journal,
     writer: StreamWriter,
     finished: Mapping[str, TensorRecord],
@@ -195,7 +199,8 @@ def _merge_all(
     def work(item: WorkItem) -> TensorRecord:
         if item.name in following:
             read_ahead(following[item.name])
-        record = merge_item(item, surveys, context, writer.write)
+        with watch.over(item):
+            record = merge_item(item, surveys, context, writer.write)
         journal.add(item, record)  # by the worker: what is done is noted even if the caller stops waiting
         return record
 

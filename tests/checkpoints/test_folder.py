@@ -12,8 +12,9 @@ import torch
 from families import base_tensors, save, superpose
 from safetensors.torch import save_file
 
-from superpose.checkpoints.files import LARGEST_JSON, fingerprint, formats
+from superpose.checkpoints.files import LARGEST_JSON, formats
 from superpose.checkpoints.folder import open_checkpoint
+from superpose.checkpoints.stamps import stamp
 from superpose.errors import SuperposeError
 
 MAIN, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
@@ -466,19 +467,19 @@ def change_first_byte(file):
     ],
     ids=["longer", "a nanosecond later", "older", "other bytes at the same time"],
 )
-def test_fingerprint_changes_when_the_file_does(tmp_path, change):
+def test_a_stamp_changes_when_the_file_does(tmp_path, change):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"0" * 1000)
-    before = fingerprint(file)
-    assert fingerprint(file) == before
+    before = stamp(file).text
+    assert stamp(file).text == before
     change(file)
-    assert fingerprint(file) != before
+    assert stamp(file).text != before
 
 
-def test_fingerprint_tells_files_apart_and_sees_through_links(tmp_path):
+def test_a_stamp_tells_files_apart_and_sees_through_links(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(b"0")
         os.utime(tmp_path / name, ns=(0, 0))
     (tmp_path / "link").symlink_to("a")
-    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
-    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "link")
+    assert stamp(tmp_path / "a").text != stamp(tmp_path / "b").text
+    assert stamp(tmp_path / "a").text == stamp(tmp_path / "link").text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from functools import cache
 from importlib import import_module
@@ -27,20 +26,6 @@ def formats() -> dict[str, Format]:
         if format_ is not None:
             found.update(dict.fromkeys(format_.suffixes, format_))
     return found
-
-
-def fingerprint(file: Path) -> str:
-    """Return a text that changes when a weight file does: its place, size, times, inode, and first bytes."""
-    status, head = file.stat(), content_mark(file)
-    # The time of change of the inode cannot be set back, as copying tools do with that of the content.
-    times = f"{status.st_mtime_ns}|{status.st_ctime_ns}|{status.st_ino}"
-    return f"{file.resolve()}|{times}|{head}"
-
-
-def content_mark(file: Path) -> str:
-    """Return a text by which copies of a weight file on other machines can be told from others: size, first bytes."""
-    with file.open("rb") as stream:
-        return f"{file.stat().st_size}|{hashlib.sha256(stream.read(1 << 20)).hexdigest()}"
 
 
 def read_json(file: Path) -> Any:

@@ -11,7 +11,7 @@ adapters.py  task matrices that stay factors, and results that are written as an
 from superpose.planning.adapters import ADAPTER_FILE, WIDE_FILE
 from superpose.planning.checks import check_device, check_output
 from superpose.planning.data import EVERY_TENSOR, LEARNED_FILE, attach_learned
-from superpose.planning.items import CHUNK, SURVEY_CHUNK, FactorOutput, Settings, WorkItem, sources_of
+from superpose.planning.items import CHUNK, SURVEY_CHUNK, FactorOutput, Settings, WorkItem, sources_of, stamps_of
 from superpose.planning.plan import MASKS_FILE, Plan, make_plan, plan_tensors, shared_memory
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "plan_tensors",
     "shared_memory",
     "sources_of",
+    "stamps_of",
 ]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from superpose.checkpoints.adapted import AdaptedTensor, files_of, identity
 from superpose.checkpoints.architecture import Architecture
-from superpose.checkpoints.files import fingerprint
 from superpose.checkpoints.headers import DTYPE_NAMES, TensorHeader
 from superpose.checkpoints.names import fused_parts
+from superpose.checkpoints.stamps import FileStamp, stamp
 from superpose.kinds import MATRIX_KINDS, Kind
 from superpose.own_code import code_digest
 from superpose.planning.choices import ChosenMethods, acting_rule
@@ -314,12 +315,21 @@ def _part_shape(item: WorkItem) -> tuple[int, ...]:
     return (*item.shape[:axis], max(sizes), *item.shape[axis + 1 :])
 
 
+def stamps_of(items: Sequence[WorkItem]) -> dict[Path, FileStamp]:
+    """Return what each file that the items read is now."""
+    files = {file for item in items for header in sources_of(item) for file in files_of(header)}
+    return {file: stamp(file) for file in sorted(files)}
+
+
 def with_keys(
-    items: Sequence[WorkItem], recipe: Recipe, weights: Sequence[float], settings: Settings
+    items: Sequence[WorkItem],
+    recipe: Recipe,
+    weights: Sequence[float],
+    settings: Settings,
+    stamps: Mapping[Path, FileStamp],
 ) -> list[WorkItem]:
     """Name each item by everything that its bytes depend on, so that a restart knows what is done."""
-    files = {file for item in items for header in sources_of(item) for file in files_of(header)}
-    prints = {file: fingerprint(file) for file in files}
+    prints = {file: found.text for file, found in stamps.items()}
     common = [
         code_digest(), torch.__version__, settings.device, settings.measure, recipe.seed,
         list(weights), recipe.task_names, recipe.non_finite,

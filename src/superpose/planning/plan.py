@@ -19,6 +19,7 @@ from superpose.checkpoints.headers import DTYPE_NAMES, TORCH_DTYPES, TensorHeade
 from superpose.checkpoints.lora import Adapter
 from superpose.checkpoints.models import base_of_adapters, open_base, open_model
 from superpose.checkpoints.names import kind_of
+from superpose.checkpoints.stamps import FileStamp
 from superpose.checkpoints.writer import Layout, lay_out, lay_out_beside
 from superpose.errors import SuperposeError, nearest, raise_all
 from superpose.kinds import Kind
@@ -40,6 +41,7 @@ from superpose.planning.items import (
     WorkItem,
     make_item,
     sources_of,
+    stamps_of,
     with_common_dtype,
     with_cost,
     with_keys,
@@ -70,6 +72,7 @@ class Plan:
         to_learn: method and options of what is learned from data first; None for nothing.
         learned: where what was learned before comes from, if that is used.
         tied: names of tensors that share the memory of another, to that.
+        stamps: what each file that is read was when the plan was made.
     """
 
     recipe: Recipe
@@ -86,6 +89,7 @@ class Plan:
     to_learn: tuple[str, Any] | None = None
     learned: Mapping[str, Any] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    stamps: Mapping[Path, FileStamp] = field(default_factory=dict)
 
     @property
     def bytes_read(self) -> int:
@@ -198,7 +202,8 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     items, problems, left_out = as_adapter(items, recipe, base, tuned, tied, spelling)
     raise_all(problems)
     items = [with_cost(item, settings) for item in with_common_dtype(items)]
-    items = with_keys(items, recipe, weights, settings)
+    stamps = stamps_of(items)
+    items = with_keys(items, recipe, weights, settings, stamps)
     layout = Layout((), {})
     if recipe.output.form != "adapter":
         layout = lay_out([(item.name, item.dtype, item.shape) for item in items], recipe.output.shard_size)
@@ -209,7 +214,7 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     notes += [*dict.fromkeys(chosen.notes), *left_out, *_notes(items, base, settings)]
     return Plan(
         recipe, settings, base, tuple(tuned), tuple(items), layout, weights, chosen.of(None)[1], tuple(notes), spelling,
-        known.statistics, known.to_learn, known.learned, tied,
+        known.statistics, known.to_learn, known.learned, tied, stamps,
     )  # fmt: skip
 
 
