@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         merge_scaled,
         plan,
         rebuild,
+        verify,
     )
     from superpose.in_memory import merge_tensors, merge_to_set
     from superpose.kinds import Kind
@@ -50,6 +51,7 @@ __all__ = [
     "methods",
     "plan",
     "rebuild",
+    "verify",
 ]
 
 _HOMES = {
@@ -68,6 +70,7 @@ _HOMES = {
     "merge_to_set": "superpose.in_memory",
     "rebuild": "superpose.api",
     "plan": "superpose.api",
+    "verify": "superpose.api",
 }
 
 

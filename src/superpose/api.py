@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import superpose.methods  # noqa: F401 - registers the methods
-from superpose import task_sets
+from superpose import task_sets, verification
 from superpose.backends import make_backend
 from superpose.checkpoints.architecture import read_architecture
 from superpose.checkpoints.folder import Checkpoint
@@ -37,6 +37,7 @@ from superpose.registry import Method, registered
 from superpose.run import Report, device_of, run_plan
 from superpose.statistics import Advance, Request, check_output_file, compute, prepare
 from superpose.task_data import TaskData, make_task
+from superpose.verification import Verification
 
 FACTOR = "{scaling_factor}"
 """Stands for the scaling factor in the name of an output."""
@@ -56,6 +57,7 @@ def merge(
     cache: str | Path | None = None,
     cache_size: int | str = "20GiB",
     split_tensors: bool = True,
+    checksums: str = "sample",
     report: Report | None = None,
 ) -> RunRecord:
     """Merge checkpoints into a folder.
@@ -75,6 +77,7 @@ def merge(
         cache: folder in which decompositions and solutions are kept, for this merge and others that need them.
         cache_size: bytes of them at most; the least recently used go first.
         split_tensors: whether idle workers take part in another's tensor (STF); the bytes are the same.
+        checksums: of each input file in the record: of a "sample" of its content, or of the "full" file.
         report: called with `Progress` as the merge goes on.
 
     Returns:
@@ -87,6 +90,7 @@ def merge(
     settings = Settings(
         device, backend, workers, _bytes(memory), measure, overwrite, ray_address,
         None if cache is None else str(absolute(cache)), _bytes(cache_size, "--cache-size"), split_tensors,
+        checksums,
     )  # fmt: skip
     output = absolute(output)
     return run_plan(make_plan(load_recipe(recipe), settings, output), output, report)
@@ -115,7 +119,7 @@ def merge_scaled(
         cache: as for `merge`.
         cache_size: as for `merge`.
         report: as for `merge`.
-        **settings: device, backend, workers, measure, overwrite, ray_address and split_tensors, as for `merge`.
+        **settings: device, backend, workers, measure, overwrite, ray_address, split_tensors, checksums: see `merge`.
 
     Returns:
         The records, in the order of the factors.
@@ -417,6 +421,32 @@ def compute_statistics(
     finally:
         torch.set_num_threads(before)
     return request
+
+
+def verify(
+    output: str | Path,
+    *,
+    recompute: int = 0,
+    seed: int = 0,
+    device: str | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Verification:
+    """Look at a finished merge again: structure, every tensor's bytes, files beside them, and the inputs.
+
+    Args:
+        output: folder of the merge.
+        recompute: how many tensors, drawn at random, are computed once more from the inputs.
+        seed: of the draw.
+        device: where they are computed; where the merge was, if None.
+        report: called with bytes digested, and bytes in all.
+
+    Returns:
+        What was found; `is_sound` says whether all of it is as the record has it.
+
+    Raises:
+        SuperposeError: the folder is no output of superpose, or its record cannot be read.
+    """
+    return verification.verify(absolute(output), recompute=recompute, seed=seed, device=device, report=report)
 
 
 def list_methods() -> list[Method]:

@@ -98,6 +98,7 @@ def merge_item(item: WorkItem, surveys: Mapping[Any, Any], context: Context, wri
         seconds=round(time.perf_counter() - started, 4),
         beside=sink.beside,
         factors=factors,
+        written=item.names if item.names != (item.name,) else (),
     )
 
 

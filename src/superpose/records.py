@@ -32,6 +32,7 @@ class TensorRecord:
         seconds: time it took.
         beside: tensors written beside it, with the sha256 of their bytes.
         factors: the factors of its update in the adapter, with the sha256 of their bytes.
+        written: its names in the output's files, where these are others than its own.
     """
 
     name: str
@@ -49,6 +50,7 @@ class TensorRecord:
     seconds: float = 0.0
     beside: Mapping[str, str] = field(default_factory=dict)
     factors: Mapping[str, str] = field(default_factory=dict)
+    written: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,15 @@ class RunRecord:
     Args:
         output: the folder of the merged checkpoint.
         recipe: the recipe as it was understood, defaults filled in.
-        sources: what each checkpoint resolved to: path, revision, files with sizes.
+        sources: what each checkpoint resolved to: path, revision, and files with their sizes and a digest of a sample
+            of their content (see `superpose.checkpoints.stamps`); of all of it, if that was asked for.
         versions: of superpose, torch, Python, and the digest of superpose's code.
         settings: device, backend, workers, memory.
         tensors: one record per tensor of the output, by name.
         warnings: of all tensors and of the plan.
         totals: counts, bytes, seconds.
         learned: what was learned from data: by which method, from which data, coefficients, the file that holds it all.
+        files: sha256 of every file of the output but weights, whose tensors have their own, and the record itself.
     """
 
     output: str
@@ -76,6 +80,7 @@ class RunRecord:
     warnings: tuple[str, ...]
     totals: Mapping[str, Any]
     learned: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the record as JSON text."""
@@ -107,5 +112,6 @@ def is_output(folder: Path) -> bool:
 
 def tensor_record(entry: Mapping[str, Any]) -> TensorRecord:
     """Return a tensor's record from its JSON form."""
-    content = {**entry, "shape": tuple(entry["shape"]), "warnings": tuple(entry["warnings"])}
+    lists = {key: tuple(entry[key]) for key in ("shape", "warnings", "written") if key in entry}
+    content = {**entry, **lists}
     return TensorRecord(**content)

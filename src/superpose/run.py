@@ -23,6 +23,7 @@ from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.headers import TORCH_DTYPES
 from superpose.checkpoints.lora import Adapter
 from superpose.checkpoints.sidecars import copy_sidecars
+from superpose.checkpoints.stamps import file_digest, stamp
 from superpose.checkpoints.writer import Layout, StreamWriter, as_bytes
 from superpose.decompositions import open_cache
 from superpose.elsewhere import MergeElsewhere, merge_elsewhere, with_inputs_checked
@@ -30,7 +31,7 @@ from superpose.errors import SuperposeError, raise_all
 from superpose.journal import Journal
 from superpose.learning import STATE_FOLDER, learn_first
 from superpose.merge_tensor import merge_item, survey_item
-from superpose.output_folder import locked, make_partial, publish, remove_strangers, settle_replaced
+from superpose.output_folder import JOURNAL_FILE, locked, make_partial, publish, remove_strangers, settle_replaced
 from superpose.own_code import code_digest
 from superpose.parts import Context
 from superpose.planning import LEARNED_FILE, Plan, WorkItem, check_output
@@ -113,7 +114,7 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None, cache: Cach
         watch.check_all()
         record = _make_record(plan, output, records, backend, len(finished), time.perf_counter() - started)
         record = replace(record, learned=learned)
-        _write_sidecars(plan, partial_folder, record)
+        record = _write_sidecars(plan, partial_folder, record)
         raise_all(check_output(plan.base, plan.tuned, output, overwrite=plan.settings.overwrite))
         publish(partial_folder, output)
     return record
@@ -290,7 +291,8 @@ def device_of(name: str) -> str:
     return name
 
 
-def _write_sidecars(plan: Plan, folder: Path, record: RunRecord) -> None:
+def _write_sidecars(plan: Plan, folder: Path, record: RunRecord) -> RunRecord:
+    """Write what lies beside the weights, the record last; return it with the digests of all the rest."""
     if plan.recipe.output.form == "adapter":
         copy_sidecars(plan.base.folder, {}, folder, None)  # the tokenizer; a config.json would make it a model
     else:
@@ -300,7 +302,13 @@ def _write_sidecars(plan: Plan, folder: Path, record: RunRecord) -> None:
         (folder / INDEX_FILE).write_text(index, encoding="utf-8")
     (folder / "README.md").write_text(model_card(record, plan.base.config), encoding="utf-8", errors="backslashreplace")
     write_tasks(folder, record, plan.recipe.task_names)
+    weights = {file.name for file in plan.layout.all_files}
+    beside = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    unmarked = weights | {RECORD_FILE, JOURNAL_FILE}
+    digests = {name: file_digest(file) for name, file in beside.items() if name not in unmarked}
+    record = replace(record, files=digests)
     (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8", errors="backslashreplace")
+    return record
 
 
 def _write_model_config(plan: Plan, folder: Path) -> None:
@@ -335,6 +343,13 @@ def _place(checkpoint: Checkpoint | Adapter) -> str:
     return str((checkpoint.folder or checkpoint.files[0]).resolve())
 
 
+def _marked(file: Path, plan: Plan) -> dict[str, Any]:
+    """Return what a record says of an input file, by which it can be told from another."""
+    known = plan.stamps.get(file) or stamp(file)
+    found = {"name": file.name, "bytes": known.size, "path": str(file.absolute()), "sample": known.sample}
+    return {**found, "sha256": file_digest(file)} if plan.settings.checksums == "full" else found
+
+
 def _make_record(
     plan: Plan, output: Path, records: Sequence[TensorRecord], backend: Backend, resumed: int, seconds: float
 ) -> RunRecord:
@@ -346,7 +361,7 @@ def _make_record(
             "path": checkpoint.name,
             "place": _place(checkpoint),
             "revision": checkpoint.revision,
-            "files": [{"name": file.name, "bytes": file.stat().st_size} for file in checkpoint.files],
+            "files": [_marked(file, plan) for file in checkpoint.files],
             **({"statistics": dict(statistics)} if statistics else {}),
         }
         for name, checkpoint, statistics in zip(

@@ -13,6 +13,9 @@ HEAD = 1 << 20
 BLOCKS, BLOCK = 16, 1 << 16
 """Number and bytes of the blocks, evenly over the file to its end, that its sample has."""
 
+PIECE = 1 << 22
+"""Bytes that are read and digested at a time."""
+
 
 @dataclass(frozen=True)
 class FileStamp:
@@ -76,4 +79,13 @@ def content_sample(file: Path) -> str:
             if rest > BLOCKS * BLOCK:
                 stream.seek(HEAD + rest * number // BLOCKS - BLOCK)
             digest.update(stream.read(BLOCK))
+    return digest.hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """Return the sha256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(PIECE):
+            digest.update(piece)
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from superpose.allocator import keep_freed_memory
-from superpose.cli import compare, demo, evaluate, extract, inspect, merge, methods, plan, rebuild, statistics
+from superpose.cli import compare, demo, evaluate, extract, inspect, merge, methods, plan, rebuild, statistics, verify
 
 app = typer.Typer(
     name="superpose",
@@ -28,6 +28,7 @@ app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
 app.command("extract")(extract.extract)
 app.command("rebuild")(rebuild.rebuild)
+app.command("verify")(verify.verify)
 app.command("evaluate", context_settings=_PASS_THROUGH)(evaluate.evaluate)
 app.command("statistics")(statistics.statistics)
 app.command("demo")(demo.demo)

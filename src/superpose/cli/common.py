@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from superpose.errors import SuperposeError
+from superpose.errors import SuperposeError, printable
 
 if TYPE_CHECKING:
     from superpose.recipe import Recipe
@@ -79,6 +79,9 @@ SplitTensors = Annotated[
     bool, typer.Option("--split-tensors/--whole-tensors", help="Whether idle workers take part in another's tensor.")
 ]
 Memory = Annotated[str, typer.Option(help="Bytes in flight at most.")]
+Checksums = Annotated[
+    str, typer.Option(help="Digests of the inputs in run.json: of a sample of each file, or of the full file.")
+]
 Measure = Annotated[bool, typer.Option("--measure", help="Measure how well each task's features survive.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output of that name.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -172,7 +175,7 @@ def output_from(
 def warn(record: RunRecord) -> None:
     """Print a merge's warnings on stderr, the first of them if they are many."""
     for warning in record.warnings[:MOST_WARNINGS]:
-        typer.echo(f"warning: {warning}", err=True)
+        typer.echo(f"warning: {printable(warning)}", err=True)
     if len(record.warnings) > MOST_WARNINGS:
         more = len(record.warnings) - MOST_WARNINGS
         typer.echo(f"warning: {more} more warnings are in {Path(record.output) / 'run.json'}", err=True)
@@ -278,7 +281,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right:
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))  # as text: a name with brackets is no markup
+        table.add_row(*(Text(printable(str(cell))) for cell in row))  # as text: a name with brackets is no markup
     console.print(table)
 
 

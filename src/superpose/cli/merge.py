@@ -40,6 +40,7 @@ def merge(
     cache: common.CacheFolder = None,
     cache_size: common.CacheSize = "20GiB",
     split_tensors: common.SplitTensors = True,
+    checksums: common.Checksums = "sample",
     measure: common.Measure = False,
     overwrite: common.Overwrite = False,
     quiet: common.Quiet = False,
@@ -64,7 +65,7 @@ def merge(
         settings = {
             "device": device, "backend": backend, "ray_address": ray_address, "workers": workers, "memory": memory,
             "cache": cache, "cache_size": cache_size, "split_tensors": split_tensors, "measure": measure,
-            "overwrite": overwrite,
+            "overwrite": overwrite, "checksums": checksums,
         }  # fmt: skip
         with progress(quiet) as report:
             if factors:

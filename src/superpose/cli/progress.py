@@ -84,3 +84,20 @@ def _lines() -> Callable[[Progress], None]:
         print(f"{state.phase}: {state.done}/{state.total} tensors, {share:.0%}", file=sys.stderr, flush=True)
 
     return show
+
+
+def bytes_done(verb: str, quiet: bool) -> Callable[[int, int], None]:
+    """Return a function that shows how many bytes of all are done: one line in a terminal, lines elsewhere."""
+    last = {"time": time.monotonic()}
+    live = sys.stderr.isatty()
+
+    def show(done: int, total: int) -> None:
+        now = time.monotonic()
+        if quiet or (now - last["time"] < (0.2 if live else SECONDS_BETWEEN_LINES) and not (live and done == total)):
+            return
+        last["time"] = now
+        text = f"{verb}: {done / max(total, 1):.0%} of {total / 2**30:.2f} GiB"
+        end = "\n" if not live or done == total else ""
+        print(f"\r{text}" if live else text, end=end, file=sys.stderr, flush=True)
+
+    return show

@@ -135,6 +135,14 @@ def _is_mount_point(folder: Path) -> bool:
     return str(folder.resolve()) in found
 
 
+def check_settings(settings: Settings) -> list[SuperposeError]:
+    """Return what is wrong with the words of the settings."""
+    if settings.checksums in ("sample", "full"):
+        return []
+    where = f"--checksums {settings.checksums}"
+    return [SuperposeError("no way to mark the inputs", where=where, mend="choose sample or full")]
+
+
 def check_backend(settings: Settings) -> list[SuperposeError]:
     """Return what is wrong with the backend asked for."""
     try:

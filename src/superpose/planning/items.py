@@ -45,6 +45,7 @@ class Settings:
         cache: folder in which costly results are kept from run to run, if any.
         cache_size: bytes of them at most.
         split_tensors: whether idle workers take part in another's tensor, where its method lets them.
+        checksums: of each input file in the record: of a "sample" of its content, or of the "full" file.
     """
 
     device: str = "cpu"
@@ -57,6 +58,7 @@ class Settings:
     cache: str | None = None
     cache_size: int = 20 * 2**30
     split_tensors: bool = True
+    checksums: str = "sample"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,15 @@ from superpose.planning.adapters import (
     with_factors,
     with_tied_names,
 )
-from superpose.planning.checks import check_backend, check_device, check_output, check_room, check_rules, unused_rules
+from superpose.planning.checks import (
+    check_backend,
+    check_device,
+    check_output,
+    check_room,
+    check_rules,
+    check_settings,
+    unused_rules,
+)
 from superpose.planning.choices import ChosenMethods, choose_kinds, is_dropped, is_kept
 from superpose.planning.data import KnownData, with_data, with_tensors
 from superpose.planning.items import (
@@ -155,6 +163,7 @@ def make_plan(recipe: Recipe, settings: Settings, output: Path | None = None) ->
     problems: list[SuperposeError] = []
     problems += check_device(settings)
     problems += check_backend(settings)
+    problems += check_settings(settings)
     base, tuned = _open_all(recipe, problems)
     adapters = [model for model in tuned if isinstance(model, Adapter)]
     chosen = ChosenMethods(recipe, problems, only_adapters=len(adapters) == len(recipe.models))
