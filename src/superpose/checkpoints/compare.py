@@ -73,7 +73,8 @@ def align(
     second = sorted(name for name in tuned.tensors if name in tied and name not in used and name not in base.tensors)
     if second:
         notes.append(f"{tuned.name}: {', '.join(second)} left out: in the base they are tied to {tied[second[0]]}")
-    extra = [name for name in sorted(tuned.tensors) if name not in used | known and not dropped(name)]
+    known |= used
+    extra = [name for name in sorted(tuned.tensors) if name not in known and not dropped(name)]
     problems += _extra(extra, tuned, sources)
     return Alignment(sources, tuple(problems), tuple(notes))
 

@@ -10,11 +10,15 @@ from pkgutil import iter_modules
 from typing import Any
 
 import superpose.checkpoints
+from superpose.checkpoints.first_bytes import told_by_first_bytes
 from superpose.checkpoints.headers import FileHeaders, Format
 from superpose.errors import SuperposeError, nearest
 
 LARGEST_JSON = 50_000_000
 """Bytes; more than any config or index has."""
+MOST_PARTS, DEEPEST = 1_000_000, 100
+"""Lists and mappings in a JSON file, and how deep they lie in each other; a config has some hundreds, in a few levels.
+What reads them after us goes down by calls within calls."""
 
 
 @cache
@@ -47,11 +51,28 @@ def read_json(file: Path) -> Any:
             content = stream.read(LARGEST_JSON + 1)
         if len(content) > LARGEST_JSON:
             raise ValueError(f"larger than {LARGEST_JSON} bytes")
-        return json.loads(content.decode("utf-8"))
+        if content.count(b"[") + content.count(b"{") > MOST_PARTS:
+            raise ValueError(f"more than {MOST_PARTS} lists and mappings")
+        found = json.loads(content.decode("utf-8"))
+        if _is_deep(found):
+            raise ValueError(f"lists and mappings lie more than {DEEPEST} deep in each other")
+        return found
     except (ValueError, RecursionError, OSError) as error:
-        raise SuperposeError(
+        told = told_by_first_bytes(file) if file.is_file() else None
+        raise told or SuperposeError(
             f"no readable JSON: {error}", where=str(file), mend="fetch or save the file again"
         ) from error
+
+
+def _is_deep(content: Any) -> bool:
+    """Whether lists and mappings lie deeper in each other than any that we know of."""
+    level = [content]
+    for _ in range(DEEPEST):
+        parts = [part for part in level if isinstance(part, (dict, list))]
+        level = [inner for part in parts for inner in (part.values() if isinstance(part, dict) else part)]
+        if not level:
+            return False
+    return True
 
 
 def headers_of(file: Path) -> FileHeaders:
@@ -68,7 +89,10 @@ def headers_of(file: Path) -> FileHeaders:
         )
         return FileHeaders({}, {}, (problem,))
     try:
-        return known[file.suffix].headers(file)
+        found = known[file.suffix].headers(file)
+        if found.problems and not found.tensors and (told := told_by_first_bytes(file)) is not None:
+            return FileHeaders({}, {}, (told,))
+        return found
     except OSError as error:
         what = f"cannot be read: {error.strerror or error}"
         return FileHeaders({}, {}, (SuperposeError(what, where=str(file), mend="check the file and its rights"),))

@@ -34,6 +34,21 @@ TORCH_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Dtypes that are merged; tensors of others are copied from the base."""
+MOST_TENSORS = 250_000
+"""In one checkpoint: models of a trillion parameters have half of that; planning more would take minutes."""
+LONGEST_NAME = 500
+"""Characters; what a tensor is, is told by patterns that take long for names without end."""
+
+
+def name_problem(name: str) -> str:
+    """Return what is wrong with a tensor's name, "" if nothing is."""
+    if len(name) > LONGEST_NAME:
+        return f"tensor {name[:40]}... has a name of {len(name)} characters"
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return f"tensor {name!r} has a name that is no text"
+    return ""
 
 
 @dataclass(frozen=True)

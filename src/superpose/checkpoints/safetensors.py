@@ -12,11 +12,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from superpose.checkpoints.headers import TORCH_DTYPES, FileHeaders, TensorHeader
+from superpose.checkpoints.headers import MOST_TENSORS, TORCH_DTYPES, FileHeaders, TensorHeader, name_problem
 from superpose.errors import SuperposeError
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library, which keeps a hostile header from filling the memory."""
+LARGE_HEADER = 10_000_000
+"""Bytes, beyond which the library, which takes no other than the right form, is asked first: JSON can hold a list in
+every three bytes, each of which takes Python twenty times as much."""
 FETCH_AGAIN = "fetch or save the file again: it is incomplete or damaged"
 
 
@@ -48,6 +51,10 @@ class SafetensorsFormat:
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 return _broken(file, "no safetensors file, or cut off inside its header", FETCH_AGAIN)
             text = stream.read(length)
+        if length > LARGE_HEADER and (problems := _ask_library(file)):
+            return FileHeaders({}, {}, tuple(problems))
+        if (count := text.count(b'"data_offsets"')) > MOST_TENSORS:
+            return _broken(file, f"{count} tensors in one file, more than {MOST_TENSORS}", "do not use this file")
         try:
             entries = json.loads(text, object_pairs_hook=_refuse_duplicates)
             entries.pop("__metadata__", None)
@@ -72,6 +79,8 @@ def _entry(name: str, entry: dict, file: Path, data: int) -> tuple[TensorHeader,
         raise ValueError(f"tensor {name!r} has a shape that is no list of sizes")
     if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
         raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if problem := name_problem(name):
+        raise ValueError(problem)
     if not all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63 for number in numbers):
         raise ValueError(f"tensor {name!r} has a shape or offsets that are no sizes")
     header = TensorHeader(name, dtype, tuple(shape), file, offset=data + start)

@@ -1,4 +1,7 @@
-"""PyTorch's own files (.bin, .pt, .pth): read with `weights_only`, so that no pickle is executed."""
+"""PyTorch's own files (.bin, .pt, .pth): read with `weights_only`, so that no pickle is executed.
+
+What a file would make of memory and time is checked beforehand, in torch_zip.py.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from superpose.checkpoints.headers import DTYPE_NAMES, FileHeaders, TensorHeader
+from superpose.checkpoints.headers import DTYPE_NAMES, MOST_TENSORS, FileHeaders, TensorHeader, name_problem
+from superpose.checkpoints.torch_zip import check_zip
 from superpose.errors import SuperposeError
 
 MOST_REPEATED = 2**24
 """Bytes that a tensor may have beyond what the file holds of it, by repeating entries."""
+MOST_VIEWS = 16
+"""How often the file's bytes may be declared by all tensors together; those of one block of memory overlap."""
+FETCH_AGAIN = "fetch or save the file again; files of PyTorch before 1.6 must be saved anew by a newer one"
 
 
 class TorchPickleReader:
@@ -50,7 +57,18 @@ class TorchPickleFormat:
         if not tensors:
             what, mend = "no tensors by name in the file", "save a state dict: torch.save(model.state_dict(), ...)"
             problems.append(SuperposeError(what, where=str(file), mend=mend))
+        if len(tensors) > MOST_TENSORS:
+            what = f"{len(tensors)} tensors in one file, more than {MOST_TENSORS}"
+            return FileHeaders({}, {}, (SuperposeError(what, where=str(file), mend="do not use this file"),))
+        declared = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values() if not tensor.is_meta)
+        if declared > MOST_VIEWS * file.stat().st_size + MOST_REPEATED:
+            what = f"its tensors repeat their entries: they declare {declared} bytes, more than the file holds"
+            problem = SuperposeError(what, where=str(file), mend="save them with .contiguous()")
+            return FileHeaders({}, {}, (problem,))
         for name, tensor in tensors.items():
+            if said := name_problem(name):
+                problems.append(SuperposeError(said, where=str(file), mend="rename the tensor"))
+                continue
             if name == "__metadata__" or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
                 what = f"tensor {name} is nothing that safetensors can hold"
                 mend = "save it as a plain tensor under another name, or leave it out"
@@ -95,6 +113,12 @@ def _load(file: Path) -> Any:
         SuperposeError: it is damaged, or holds objects that would have to be executed.
     """
     try:
+        check_zip(file)
+    except ValueError as error:
+        raise SuperposeError(
+            f"cannot be read as a file of torch.save: {error}", where=str(file), mend=FETCH_AGAIN
+        ) from error
+    try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a pickle is a program: a damaged one fails in any way that a program can
         unsafe = _names_of_globals(file)
@@ -107,7 +131,7 @@ def _load(file: Path) -> Any:
         raise SuperposeError(
             f"cannot be read as a file of torch.save: {_first_line(error)}",
             where=str(file),
-            mend="fetch or save the file again; files of PyTorch before 1.6 must be saved anew by a newer one",
+            mend=FETCH_AGAIN,
         ) from error
 
 
@@ -119,7 +143,8 @@ def _state_dict(loaded: Any) -> dict[str, Tensor]:
             break
     if not isinstance(loaded, Mapping):
         return {}
-    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    # What is no text names no tensor of a model, and may be beyond writing out.
+    return {name: value for name, value in loaded.items() if isinstance(value, Tensor) and isinstance(name, str)}
 
 
 def _names_of_globals(file: Path) -> str:
