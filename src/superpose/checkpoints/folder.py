@@ -10,9 +10,10 @@ from typing import Any
 
 from superpose.checkpoints.adapted import files_of
 from superpose.checkpoints.files import formats, headers_of, read_json
-from superpose.checkpoints.headers import TensorHeader
+from superpose.checkpoints.headers import MOST_TENSORS, TensorHeader
 from superpose.checkpoints.hub import fetch_from_hub, looks_like_hub_id
 from superpose.checkpoints.lora import ADAPTER_CONFIG
+from superpose.checkpoints.sidecars import is_own
 from superpose.errors import SuperposeError, nearest
 
 # Most preferred first; a converted repository often holds both.
@@ -103,6 +104,9 @@ def open_checkpoint(location: str, *, where: str = "") -> Checkpoint:
                 problems.append(SuperposeError(what, where=both, mend="delete the file that is left over"))
             tensors.setdefault(name, header)
         aliases.update(headers.aliases)
+        if len(tensors) > MOST_TENSORS:
+            what = f"{len(tensors)} tensors and more, where {MOST_TENSORS} are the most"
+            raise SuperposeError(what, where=str(path), mend="do not use this checkpoint")
     for name, file in declared.items():
         if name not in tensors and name not in aliases and file.exists() and not problems:
             what = f"the index promises tensor {name}, the file does not have it"
@@ -159,6 +163,10 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], list[SuperposeError]]:
     file = folder / "config.json"
     if not file.exists():
         return {}, []
+    if not is_own(file, folder):
+        # It is copied into the result, and with it what a link in somebody's checkpoint leads to.
+        what, mend = "the config is a link out of its folder, or no file", "put a copy of the file in its place"
+        return {}, [SuperposeError(what, where=str(file), mend=mend)]
     try:
         config = read_json(file)
     except SuperposeError as problem:

@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from superpose.errors import SuperposeError
+
+LARGEST_SIDECAR = 2**30
+"""Bytes; fifty times the largest tokenizer. A file with a hole can say that it has any number of them."""
 # What tokenizers and processors are called, of the many that transformers knows.
 NAMES = re.compile(
     r"generation_config\.json|\w*(tokeni[sz]er|vocab|merges|token|special|processor|preprocessor|normalizer)\w*"
@@ -22,13 +26,13 @@ def sidecar_files(folder: Path | None, config: Mapping[str, Any]) -> list[Path]:
     """Return the files of a folder that the merged model takes over as they are; but config.json."""
     if folder is None:
         return []
-    found = [file for file in sorted(folder.iterdir()) if NAMES.fullmatch(file.name) and _is_own(file, folder)]
+    found = [file for file in sorted(folder.iterdir()) if NAMES.fullmatch(file.name) and is_own(file, folder)]
     if config.get("auto_map"):  # a model whose code comes with it; copied, never run
-        found += [file for file in sorted(folder.glob("*.py")) if _is_own(file, folder)]
+        found += [file for file in sorted(folder.glob("*.py")) if is_own(file, folder)]
     return found
 
 
-def _is_own(file: Path, folder: Path) -> bool:
+def is_own(file: Path, folder: Path) -> bool:
     """Whether a file is the folder's own: no link out of it, but for the hub cache's to its blobs."""
     place, home = file.resolve(), folder.resolve()
     return file.is_file() and (home in place.parents or place.parent == home.parent.parent / "blobs")
@@ -48,6 +52,9 @@ def copy_sidecars(folder: Path | None, config: Mapping[str, Any], target: Path, 
     """
     written = []
     for file in sidecar_files(folder, config):
+        if file.stat().st_size > LARGEST_SIDECAR:
+            mend = "take it out of the folder, or give it a name that no tokenizer has, and run the same command again"
+            raise SuperposeError(f"{file.stat().st_size} bytes are too many for a copy", where=str(file), mend=mend)
         shutil.copyfile(file, target / file.name)  # contents alone: modes come from the umask
         written.append(file.name)
     if folder is not None and config and dtype is None:
