@@ -29,11 +29,12 @@ class SuperposeError(Exception):
         self.mend = mend
 
     def __str__(self) -> str:
-        lines = [self.what]
+        # Names in files are anybody's: none of them makes a line of its own, or tells a terminal what to do.
+        lines = [printable(self.what)]
         if self.where:
-            lines.append(f"where: {self.where}")
+            lines.append(f"where: {printable(self.where)}")
         if self.mend:
-            lines.append(f"mend: {self.mend}")
+            lines.append(f"mend: {printable(self.mend)}")
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple:
@@ -60,6 +61,17 @@ class Problems(SuperposeError):
 
     def __reduce__(self) -> tuple:
         return Problems, (self.problems,)
+
+
+def printable(text: str) -> str:
+    """Return a text with what would act on a terminal, or be invisible in it, written out: line breaks as \\n."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else _written_out(sign) for sign in text)
+
+
+def _written_out(sign: str) -> str:
+    return sign.encode("unicode_escape").decode("ascii")
 
 
 def raise_all(problems: Sequence[SuperposeError]) -> None:

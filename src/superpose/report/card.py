@@ -1,14 +1,21 @@
-"""The model card, README.md of a merged checkpoint: made from its record."""
+"""The model card, README.md of a merged checkpoint: made from its record.
+
+Names of models, files and tensors are anybody's, and the hub shows the card as a page: they are written so that they
+are read as they are, and make no table, heading, link or HTML of their own.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
+from superpose.errors import printable
 from superpose.records import RunRecord
 
 MOST_WARNINGS = 20
@@ -36,27 +43,27 @@ def model_card(record: RunRecord, config: Mapping[str, Any]) -> str:
     elif "model_type" in config:
         header["library_name"] = "transformers"
     kinds = Counter((tensor.kind, tensor.method or "copied from the base") for tensor in record.tensors)
-    rows = [f"| {kind} | {method} | {count} |" for (kind, method), count in sorted(kinds.items())]
-    sources = [f"| {_link(s)} | {s['name']} | {s['revision'] or 'local'} |" for s in record.sources]
+    rows = [f"| {_text(kind)} | {_text(method)} | {count} |" for (kind, method), count in sorted(kinds.items())]
+    sources = [f"| {_link(s)} | {_text(s['name'])} | {_text(s['revision'] or 'local')} |" for s in record.sources]
     sections = [
         "---\n" + yaml.safe_dump(header, sort_keys=False).strip() + "\n---",
-        f"# {Path(record.output).name}",
-        f"Merged by `{recipe['method']}` with superpose {record.versions['superpose']}, without training.",
+        f"# {_text(Path(record.output).name)}",
+        f"Merged by {_code(recipe['method'])} with superpose {record.versions['superpose']}, without training.",
         "## Models\n\n| model | role | revision |\n|---|---|---|\n" + "\n".join(sources),
         "## What was done\n\n| kind | method | tensors |\n|---|---|---|\n" + "\n".join(rows),
-        "## Recipe\n\n```yaml\n" + yaml.safe_dump(recipe, sort_keys=False).strip() + "\n```",
+        "## Recipe\n\n" + _block(yaml.safe_dump(recipe, sort_keys=False).strip()),
     ]
     sections += _data_section(record)
     if form != "model":
         sections.append(_adapter_section(record, form))
     if any(tensor.beside for tensor in record.tensors):
-        names = ", ".join(f"`{source['name']}`" for source in record.sources[1:])
+        names = ", ".join(_code(source["name"]) for source in record.sources[1:])
         sections.append(
             f"## Models of single tasks\n\n`superpose rebuild . --task NAME -o OUT` makes the model of a task from"
             f" `tasks/`: {names}."
         )
     if record.warnings:
-        shown = [f"- {warning}" for warning in record.warnings[:MOST_WARNINGS]]
+        shown = [f"- {_text(warning)}" for warning in record.warnings[:MOST_WARNINGS]]
         if len(record.warnings) > MOST_WARNINGS:
             shown.append(f"- and {len(record.warnings) - MOST_WARNINGS} more, in `run.json`")
         sections.append("## Warnings\n\n" + "\n".join(shown))
@@ -74,7 +81,7 @@ def _data_section(record: RunRecord) -> list[str]:
     rows += [_data_row(seen["task"], seen, f"learning, {seen['used']}") for seen in record.learned.get("saw", ())]
     if not rows:
         return []
-    said = record.learned.get("transductive", "")
+    said = _text(record.learned.get("transductive", ""))
     table = "| task | data | split | examples | used for |\n|---|---|---|---|---|\n" + "\n".join(rows)
     warning = f" The method is transductive: {said}." if said else ""
     return [f"## Data that this merge has seen\n\n{table}\n\nResults on it are no held-out results.{warning}"]
@@ -82,7 +89,8 @@ def _data_section(record: RunRecord) -> list[str]:
 
 def _data_row(task: str, seen: Mapping[str, Any], use: str) -> str:
     place, split = Path(str(seen.get("data", ""))).name, seen.get("split") or "not named"
-    return f"| {task} | `{place}` | {split} | {seen.get('examples', '')} | {use} |"
+    cells = _text(task), _code(place), _text(split), _text(seen.get("examples", "")), _text(use)
+    return f"| {' | '.join(cells)} |"
 
 
 def _adapter_section(record: RunRecord, form: str) -> str:
@@ -96,4 +104,34 @@ def _adapter_section(record: RunRecord, form: str) -> str:
 
 def _link(source: Mapping[str, Any]) -> str:
     path, name = source["path"], source["path"].partition("@")[0]
-    return f"[{path}](https://huggingface.co/{name})" if source["revision"] else f"`{Path(path).name}`"
+    if source["revision"]:
+        return f"[{_text(path)}](https://huggingface.co/{quote(name)})"
+    return _code(Path(path).name)
+
+
+def _text(value: object) -> str:
+    """Return a value as Markdown that shows it as it is."""
+    text = re.sub(r"([\\`*|\[\]])", r"\\\1", printable(str(value)))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _code(value: object) -> str:
+    """Return a value as a span of code, which holds in a table too."""
+    text = printable(str(value))
+    if "`" in text:
+        fence = "`" * (_longest_run(text) + 1)
+        text = f"{fence} {text} {fence}"
+    else:
+        text = f"`{text}`"
+    return text.replace("|", "\\|")
+
+
+def _block(text: str) -> str:
+    """Return YAML as a block of code that nothing in it ends."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}yaml\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    """Return how many backticks follow each other at most."""
+    return max(map(len, re.findall("`+", text)), default=0)
