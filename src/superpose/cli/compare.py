@@ -13,6 +13,7 @@ import typer
 
 from superpose.cli import common
 from superpose.cli.common import exit_codes, print_table
+from superpose.errors import printable
 
 if TYPE_CHECKING:
     from superpose.comparison import Comparison, Group, Pair
@@ -76,7 +77,7 @@ def _print(found: Comparison) -> None:
         print_table([kind, *columns], [_group(group) for group in groups], right=columns)
         typer.echo("")
     for note in found.notes:
-        typer.echo(f"note: {note}")
+        typer.echo(f"note: {printable(note)}")
     typer.echo(f"{whole.tensors} tensors, {whole.entries / 1e6:.3g}M entries compared, {found.left_out} left out.")
     if whole.condition is not None:
         typer.echo(
@@ -87,7 +88,7 @@ def _print(found: Comparison) -> None:
         )
     typer.echo("\nSuggestions\n")
     for text in found.suggestions or ("nothing stands out",):
-        typer.echo(f"- {text}")
+        typer.echo(f"- {printable(text)}")
 
 
 def _print_pairs(pairs: Sequence[Pair], labels: Mapping[str, str]) -> None:

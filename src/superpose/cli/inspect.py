@@ -11,7 +11,7 @@ import typer
 
 from superpose.cli import common
 from superpose.cli.common import exit_codes, print_table, size
-from superpose.errors import raise_all
+from superpose.errors import printable, raise_all
 
 if TYPE_CHECKING:
     from superpose.api import Inspection
@@ -57,7 +57,7 @@ def _print_adapter(adapter: Adapter, every: bool) -> None:
     )
     nbytes = sum(file.stat().st_size for file in adapter.files)
     typer.echo(
-        f"an adapter of {adapter.base or 'a base that it does not name'}: {len(adapter.modules)} updates,"
+        f"an adapter of {printable(adapter.base) or 'a base that it does not name'}: {len(adapter.modules)} updates,"
         f" {len(adapter.full)} whole tensors, {size(nbytes)}"
     )
 
@@ -103,7 +103,7 @@ def _print(found: Inspection, every: bool) -> None:
         right=["number", "size"],
     )
     for alias, owner in sorted(found.tied.items()):
-        typer.echo(f"tied: {alias} is {owner}")
+        typer.echo(printable(f"tied: {alias} is {owner}"))
     headers = found.checkpoint.tensors.values()
     typer.echo(
         f"{len(headers)} tensors, {sum(header.numel for header in headers) / 1e6:.1f}M entries,"

@@ -13,6 +13,7 @@ import typer
 
 from superpose.cli import common
 from superpose.cli.common import exit_codes, output_from, print_table, recipe_from, size
+from superpose.errors import printable
 
 if TYPE_CHECKING:
     from superpose.planning import Plan, WorkItem
@@ -86,7 +87,7 @@ def _print(made: Plan, every: bool) -> None:
         right=["number"],
     )
     for note in made.notes:
-        typer.echo(f"note: {note}")
+        typer.echo(f"note: {printable(note)}")
     merged = sum(item.action == "merge" for item in made.items)
     surveyed = f" ({size(made.bytes_surveyed)} more in survey passes)" if made.bytes_surveyed else ""
     typer.echo(

@@ -10,6 +10,7 @@ import typer
 
 from superpose.cli import common
 from superpose.cli.common import exit_codes, size
+from superpose.errors import printable
 
 
 def rebuild(
@@ -30,4 +31,4 @@ def rebuild(
         if json:
             typer.echo(dumps({"output": str(output), "task": task, "tensors": len(written), "bytes": nbytes}))
         else:
-            typer.echo(f"{output}: the model of task {task}, {len(written)} tensors, {size(nbytes)}")
+            typer.echo(f"{output}: the model of task {printable(task)}, {len(written)} tensors, {size(nbytes)}")
