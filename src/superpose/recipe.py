@@ -17,6 +17,8 @@ from superpose.kinds import Kind
 from superpose.task_data import TaskData
 
 DEFAULT_METHOD = "stf"
+LARGEST_RECIPE = 1_000_000
+"""Bytes; a recipe that names a thousand models takes a tenth."""
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -198,8 +200,8 @@ def load_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
         return _validate(dict(source), "the recipe", {})
     path = Path(source)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = _read(path)
+    except (OSError, ValueError) as error:
         mend = "give the path of a YAML file"
         raise SuperposeError(f"the recipe cannot be read: {error}", where=str(path), mend=mend) from error
     try:
@@ -221,6 +223,17 @@ def load_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
             mend="write base:, models: [{path: ...}], method: and options: instead",
         )
     return _validate(content, str(path), lines)
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():  # what a pipe or a device holds need not end
+        path.stat()
+        raise ValueError("it is no file")
+    with path.open("rb") as stream:
+        content = stream.read(LARGEST_RECIPE + 1)
+    if len(content) > LARGEST_RECIPE:
+        raise ValueError(f"larger than {LARGEST_RECIPE} bytes")
+    return content.decode("utf-8")
 
 
 def _validate(content: dict[str, Any], where: str, lines: Mapping[tuple, int]) -> Recipe:
