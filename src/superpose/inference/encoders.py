@@ -136,7 +136,9 @@ def _image_reader(library: Any, folder: Path, task: TaskData) -> Callable[[Row],
         ) from error
     try:
         with quietly():
-            processor = library.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, use_fast=False)
+            processor = library.AutoImageProcessor.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, use_fast=False
+            )
     except Exception as error:  # the library fails in many ways; its text says how
         what = f"no image processor: {str(error).strip().partition(chr(10))[0]}"
         raise SuperposeError(what, where=str(folder), mend="copy preprocessor_config.json into the folder") from error
