@@ -40,7 +40,7 @@ def make_partial(folder: Path) -> None:
                 mend="move it, or choose another name for the output",
             )
         folder.mkdir(parents=True, exist_ok=True)
-        _take_back_journal(folder)
+        _take_back(folder)
         (folder / JOURNAL_FILE).touch()
         # Before anything else is there: weights whose journal was lost with the power would be in the way.
         sync(folder)
@@ -180,7 +180,7 @@ def settle_replaced(output: Path) -> None:
         # Renamed first: cut short, it is no whole output any more, and must not pass for one.
         replaced.rename(_removed(output))
         sync(output.absolute().parent)
-        shutil.rmtree(_removed(output), ignore_errors=True)  # what cannot be removed now goes next time
+        shutil.rmtree(_removed(output), ignore_errors=True)
     elif not output.exists() or (output.is_dir() and not any(output.iterdir())):
         replaced.rename(output)
 
@@ -195,25 +195,17 @@ def publish(partial_folder: Path, output: Path) -> None:
     Raises:
         SuperposeError: something else has taken the name in the meantime, or it cannot be given.
     """
-    for file in partial_folder.rglob(WIDE_FILE):  # a restart before this moment would have needed it
-        file.unlink()
-    for folder, _, files in os.walk(partial_folder):
-        for file in files:
-            sync(Path(folder) / file)
-        sync(Path(folder))
-    # Kept beside until the folder has its name; whose folder it is says the record (see `make_partial`).
-    (partial_folder / JOURNAL_FILE).replace(_journal_aside(partial_folder))
-    sync(partial_folder.absolute().parent)
-    sync(partial_folder)
+    _sync_all(partial_folder)
+    _set_aside(partial_folder)
     try:
         _replace(partial_folder, output)
     except OSError as error:
-        _take_back_journal(partial_folder)
+        _take_back(partial_folder)
         mend = "make room for that name, and run the same command again: finished tensors are kept"
         what = f"the output cannot be given its name: {error.strerror}"
         raise SuperposeError(what, where=str(output), mend=mend) from error
     sync(output.absolute().parent)
-    _journal_aside(partial_folder).unlink(missing_ok=True)
+    shutil.rmtree(_aside(partial_folder), ignore_errors=True)  # what cannot be removed now goes next time
     settle_replaced(output)
 
 
@@ -243,19 +235,40 @@ def _removed(output: Path) -> Path:
     return output.with_name(f".{output.name}.superpose-removed")
 
 
-def _journal_aside(partial_folder: Path) -> Path:
-    return partial_folder.with_name(f"{partial_folder.name}.journal")
+def _aside(partial_folder: Path) -> Path:
+    return partial_folder.with_name(f"{partial_folder.name}.aside")
 
 
-def _take_back_journal(partial_folder: Path) -> None:
-    """Put the journal back that a run had moved aside, to give the folder its name."""
-    aside = _journal_aside(partial_folder)
-    if not aside.exists():
-        return
-    if is_output(partial_folder) and not (partial_folder / JOURNAL_FILE).exists():
-        aside.replace(partial_folder / JOURNAL_FILE)
-    else:  # that folder has its name, and this one is another's
-        aside.unlink()
+def _set_aside(partial_folder: Path) -> None:
+    """Move what a restart needs, and the output does not have, out of a complete folder.
+
+    Whose folder it is then says its record (see `make_partial`).
+    """
+    aside = _aside(partial_folder)
+    for name in (JOURNAL_FILE, WIDE_FILE):
+        for file in sorted(partial_folder.rglob(name)):
+            place = aside / file.relative_to(partial_folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+    _sync_all(aside)
+    sync(aside.absolute().parent)
+    _sync_all(partial_folder)
+
+
+def _take_back(partial_folder: Path) -> None:
+    """Put back what was set aside, if the folder that it belongs to did not get its name."""
+    aside = _aside(partial_folder)
+    if is_output(partial_folder):
+        for file in sorted(path for path in aside.rglob("*") if path.is_file()):
+            file.replace(partial_folder / file.relative_to(aside))
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_all(top: Path) -> None:
+    for folder, _, files in os.walk(top):
+        for file in files:
+            sync(Path(folder) / file)
+        sync(Path(folder))
 
 
 def sync(path: Path) -> None:
