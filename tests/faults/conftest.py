@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from faults.forks import Forks
 from faults.tally import Tally
 
 _TALLY = Tally()
@@ -16,6 +18,14 @@ _TALLY = Tally()
 def tally() -> Tally:
     """Return what counts this run's injections: `with tally(group, fault, where) as injection: ...`."""
     return _TALLY
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Return what runs the command line in forks of one process, which starts in seconds and once."""
+    made = Forks()
+    yield made
+    made.close()
 
 
 def pytest_sessionfinish() -> None:
