@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from superpose.checkpoints.writer import Layout, disk_problem
+from superpose.checkpoints.writer import FULL, Layout, disk_problem
 from superpose.errors import SuperposeError
 from superpose.planning.adapters import WIDE_FILE
 from superpose.records import is_output
@@ -46,9 +46,17 @@ def make_partial(folder: Path) -> None:
         sync(folder)
         sync(folder.absolute().parent)
     except OSError as error:
-        raise SuperposeError(
-            f"the output cannot be made: {error.strerror}", where=str(folder), mend="choose another place"
-        ) from error
+        raise _not_made(error, folder) from error
+
+
+def _not_made(error: OSError, folder: Path) -> SuperposeError:
+    problem = disk_problem(error, folder) if error.errno in FULL else None
+    if problem is not None:
+        return problem
+    what = f"the output cannot be made: {error.strerror}"
+    if error.errno in NO_LOCKS:
+        what = f"the output cannot be made: its file system has no locks ({error.strerror})"
+    return SuperposeError(what, where=str(folder), mend="choose another place")
 
 
 def remove_strangers(folder: Path, layout: Layout, keep: Iterable[str] = ()) -> None:
@@ -95,10 +103,7 @@ def locked(folder: Path) -> Iterator[None]:
             mend="wait for it, or choose another name for the output",
         ) from error
     except OSError as error:
-        what = f"the output cannot be made: {error.strerror}"
-        if error.errno in NO_LOCKS:
-            what = f"the output cannot be made: its file system has no locks ({error.strerror})"
-        raise SuperposeError(what, where=str(folder), mend="choose another place") from error
+        raise _not_made(error, folder) from error
     with stream:
         try:
             yield

@@ -22,6 +22,9 @@ from torch import Tensor
 from superpose.checkpoints.headers import TORCH_DTYPES
 from superpose.errors import SuperposeError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk, or of a user's share of it, that has no room left."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -306,7 +309,7 @@ def disk_problem(error: OSError, place: str | Path) -> SuperposeError | None:
         The problem.
     """
     where, again = str(error.filename or place), "run the same command again: finished tensors are kept"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return SuperposeError(f"the disk is full: {error.strerror}", where=where, mend=f"free some space and {again}")
     if error.errno == errno.EFBIG:
         what = f"no file may become as large as this one: {error.strerror}"

@@ -10,6 +10,7 @@ import typer
 from superpose.cli import common
 from superpose.cli.common import exit_codes, size, warn
 from superpose.cli.progress import progress
+from superpose.places import absolute
 
 
 def extract(
@@ -33,7 +34,8 @@ def extract(
     json: common.Json = False,
 ) -> None:
     """Write a fine-tune as a LoRA adapter that PEFT loads, and say how much of the fine-tune it holds."""
-    output = output.expanduser().resolve()
+    with exit_codes():
+        output = absolute(output)
     with exit_codes(kept=output.parent / f"{output.name}.partial"):
         from superpose import api
 

@@ -11,6 +11,7 @@ import typer
 from superpose.cli import common
 from superpose.cli.common import exit_codes, output_from, recipe_from, scaling_factors, size, warn
 from superpose.cli.progress import progress
+from superpose.places import absolute
 
 if TYPE_CHECKING:
     from superpose.records import RunRecord
@@ -52,7 +53,8 @@ def merge(
     Interrupted or killed, the same command goes on where it was. Several values of --scaling-factor make an output
     each, with {scaling_factor} in its name, and are solved once; going on, leave out those that are finished.
     """
-    output = output.expanduser().resolve()
+    with exit_codes():
+        output = absolute(output)
     with exit_codes(kept=output.parent / f"{output.name}.partial"):
         from superpose import api
 

@@ -11,6 +11,7 @@ import typer
 from superpose.cli import common
 from superpose.cli.common import exit_codes, size
 from superpose.errors import printable
+from superpose.places import absolute
 
 
 def rebuild(
@@ -22,7 +23,8 @@ def rebuild(
     json: common.Json = False,
 ) -> None:
     """Write the model of one task of a set: base + scale * mask o unified vector."""
-    output = output.expanduser().resolve()
+    with exit_codes():
+        output = absolute(output)
     with exit_codes():
         from superpose import api
 

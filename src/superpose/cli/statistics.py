@@ -13,6 +13,7 @@ import typer
 
 from superpose.cli import common, task_flags
 from superpose.cli.common import exit_codes, size
+from superpose.places import absolute
 
 if TYPE_CHECKING:
     from superpose.statistics import Advance, Request
@@ -55,7 +56,8 @@ def statistics(
     Interrupted or killed, the same command goes on where it was. --memory bounds the sums of one pass: a model whose
     sums are larger is passed through several times, a group of tensors at a time.
     """
-    output = output.expanduser().resolve()
+    with exit_codes():
+        output = absolute(output)
     with exit_codes(kept=output.parent / f"{output.name}.partial"):
         from superpose import api
 
