@@ -73,7 +73,7 @@ def open_statistics(file: Path, kind: str, where: str) -> StatisticsFile:
         same = {str(name): str(owner) for name, owner in told.get("same", {}).items()}
         in_x_out = frozenset(map(str, told.get("in_x_out", ())))
         tensors = {**found.tensors, **{name: found.tensors[owner] for name, owner in same.items()}}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = "it was not written by superpose statistics: its metadata does not say what it holds"
         raise SuperposeError(what, where=str(file), mend=mend) from error
     if known_kind != kind:

@@ -1,6 +1,6 @@
 """PyTorch's own files (.bin, .pt, .pth): read with `weights_only`, so that no pickle is executed.
 
-What a file would make of memory and time is checked beforehand, in torch_zip.py.
+What a file would make of memory and time is checked beforehand, in torch_zip.py and pickles.py.
 """
 
 from __future__ import annotations
