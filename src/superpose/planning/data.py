@@ -298,7 +298,7 @@ def attach_learned(
         with safe_open(str(file), framework="pt") as opened:
             told = json.loads((opened.metadata() or {})["superpose"])
         method, names = str(told["learned"]), [str(name) for name in told["task_names"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SuperposeError("the file does not say what was learned", where=str(file), mend=mend) from error
     unknown = [name for name in task_names if name not in names]
     if unknown:
