@@ -76,8 +76,9 @@ def _data_section(record: RunRecord) -> list[str]:
     rows = []
     for source in record.sources:
         if "statistics" in source:
-            told = source["statistics"]
-            rows.append(_data_row(source["name"], {**told["data"], "examples": told["examples"]}, "statistics"))
+            told, data = source["statistics"], source["statistics"].get("data")
+            seen = {**(data if isinstance(data, Mapping) else {}), "examples": told.get("examples", "not told")}
+            rows.append(_data_row(source["name"], seen, "statistics"))
     rows += [_data_row(seen["task"], seen, f"learning, {seen['used']}") for seen in record.learned.get("saw", ())]
     if not rows:
         return []
