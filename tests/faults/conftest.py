@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from faults.forks import Forks
+from faults.scenes import Scene, make_scene
 from faults.tally import Tally
 
 _TALLY = Tally()
@@ -26,6 +27,19 @@ def forks() -> Iterator[Forks]:
     made = Forks()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def scene_of(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Callable[[str, str], Scene]:
+    """Return what finds the merge of a name on a backend; each is made once."""
+    made: dict[tuple[str, str], Scene] = {}
+
+    def find(what: str, backend: str) -> Scene:
+        if (what, backend) not in made:
+            made[what, backend] = make_scene(tmp_path_factory.mktemp("scene"), what, backend, forks)
+        return made[what, backend]
+
+    return find
 
 
 def pytest_sessionfinish() -> None:

@@ -33,6 +33,7 @@ AUDITED = {
     "os.rename": "rename", "os.remove": "unlink", "os.mkdir": "mkdir", "os.rmdir": "rmdir",
     "shutil.copyfile": "copy",
 }  # fmt: skip
+ENDING = (signal.SIGINT, signal.SIGTERM)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -75,8 +76,8 @@ class Forks:
         Args:
             arguments: of the command line.
             root: events under this folder count.
-            **fault: `signal` with `event` and `count`, or with `after` seconds; `power` with `event` number and `seed`;
-                `user`; `limit` in bytes a file; `environment`; `script`, run before the command line.
+            **fault: `signal`, or `harm` (a function of `faults.harms` and its arguments), with `event` and `count`;
+                `signal` with `after` seconds; `power` with `event` number and `seed`; `user`; `limit` in bytes a file.
         """
         return self._ask({"arguments": [str(one) for one in arguments], "root": str(root), **fault})
 
@@ -132,6 +133,7 @@ def serve() -> None:
     registered()
     code_digest()  # once for all children: sources may be edited meanwhile
     assert threading.active_count() == 1, "a fork takes no threads along"
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # so in a child, until its command begins
     gc.freeze()  # what children do not look through for garbage they share
     known: dict[int, tuple[Counters, Path]] = {}
     scratch = Path(tempfile.mkdtemp(prefix="superpose-forks-"))
@@ -167,7 +169,6 @@ def _be_child(request: Mapping[str, Any], counters: Counters, text: Path) -> Non
         os.dup2(output, 1)
         os.dup2(output, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ.update(request.get("environment", {}))
         if "limit" in request:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
         if "user" in request:
@@ -175,7 +176,7 @@ def _be_child(request: Mapping[str, Any], counters: Counters, text: Path) -> Non
             os.setuid(request["user"])
         sys.argv = ["superpose", *request["arguments"]]
         at_end = _inject(request, counters)
-        status = _run(request)
+        status = _run()
         at_end()
     except BaseException:  # told as a status that no command of ours has
         traceback.print_exc()
@@ -186,32 +187,41 @@ def _be_child(request: Mapping[str, Any], counters: Counters, text: Path) -> Non
         os._exit(status)
 
 
-def _run(request: Mapping[str, Any]) -> int:
+def _run() -> int:
     from superpose import cli
 
-    if "script" in request:
-        exec(request["script"], {})
     try:
-        cli.main()
-    except KeyboardInterrupt:  # before the command line has taken over: Python itself ends so
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    except KeyboardInterrupt:  # before the command line has taken over, or after: Python itself ends so
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         os.kill(os.getpid(), signal.SIGINT)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
+        raise
+    return code
 
 
 def _inject(request: Mapping[str, Any], counters: Counters) -> Callable[[], None]:
     """Let what is done under the root be counted, and the fault come at its event; or, as is returned, at the end."""
-    if "power" in request:
-        from faults.power import Power
+    from faults import harms
+    from faults.power import Power
 
+    if "power" in request:
         power = Power(Path(request["root"]), **request["power"])
         power.watch(watch)
         return power.cut
 
     def met(event: str, half: Callable[[], Any]) -> None:
         if counters.add(event) == request.get("count") and event == request.get("event"):
+            if "harm" in request:
+                name, *arguments = request["harm"]
+                getattr(harms, name)(*arguments)
+                return
             half()
             os.kill(os.getpid(), request["signal"])
 

@@ -114,7 +114,9 @@ class Scene:
         return resumed
 
 
-def make_scene(folder: Path, what: str, backend: str, forks: Forks, more: Sequence[str] = ()) -> Scene:
+def make_scene(
+    folder: Path, what: str, backend: str, forks: Forks, more: Sequence[str] = (), root: Path | None = None
+) -> Scene:
     """Make models, merge them undisturbed, and return the merge.
 
     Args:
@@ -123,6 +125,7 @@ def make_scene(folder: Path, what: str, backend: str, forks: Forks, more: Sequen
         backend: "serial", "threads" or "ray".
         forks: runs it.
         more: arguments of the command line.
+        root: for outputs; in `folder`, if it is not given.
 
     Returns:
         The merge.
@@ -133,7 +136,7 @@ def make_scene(folder: Path, what: str, backend: str, forks: Forks, more: Sequen
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             (folders[0] / name).write_text(json.dumps({"about": name * 200}))
     folders = [models / name for name in ("base", "ft1", "ft2", "ft3")]
-    root = folder / "work"
+    root = root or folder / "work"
     workers = ["--workers", "2"] if backend != "serial" else []
     arguments = ["merge", *folders, "-o", root / "out", "--quiet", "--backend", backend, *workers, *more, *SCENES[what]]
     scene = Scene(root, arguments, forks)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from faults.power import CUT
-from faults.scenes import SCENES, make_scene
+from faults.scenes import SCENES
 from faults.tally import rounds
 
 
@@ -24,11 +24,11 @@ def cut(scene, event, seed):
 
 @pytest.mark.parametrize("backend", ["serial", "threads"])
 @pytest.mark.parametrize("what", sorted(SCENES))
-def test_after_a_power_cut_it_goes_on_to_the_same_bytes(tmp_path, forks, tally, what, backend):
-    scene = make_scene(tmp_path, what, backend, forks)
+def test_after_a_power_cut_it_goes_on_to_the_same_bytes(scene_of, tally, what, backend):
+    scene = scene_of(what, backend)
     total = sum(scene.events.values())
     draw = random.Random(f"{what} {backend}")
-    for number in range(rounds(4)):
+    for number in range(rounds(2)):
         with tally("Death", "power cut", backend) as injection:
             # Half of them in the last steps, in which the output gets its name.
             first = total - 60 if number % 2 else 1
@@ -41,9 +41,9 @@ def test_after_a_power_cut_it_goes_on_to_the_same_bytes(tmp_path, forks, tally, 
 
 
 @pytest.mark.parametrize("what", sorted(SCENES))
-def test_what_was_told_to_be_done_outlasts_a_power_cut(tmp_path, forks, tally, what):
-    scene = make_scene(tmp_path, what, "serial", forks)
-    for number in range(rounds(2)):
+def test_what_was_told_to_be_done_outlasts_a_power_cut(scene_of, tally, what):
+    scene = scene_of(what, "serial")
+    for number in range(rounds(1)):
         with tally("Death", "power cut right after the end", "serial") as injection:
             cut(scene, 0, f"{what} {number}")
             assert scene.is_complete(), "the command had ended well"
