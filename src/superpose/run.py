@@ -28,6 +28,7 @@ from superpose.checkpoints.writer import Layout, StreamWriter, as_bytes
 from superpose.decompositions import open_cache
 from superpose.elsewhere import MergeElsewhere, merge_elsewhere, with_inputs_checked
 from superpose.errors import SuperposeError, raise_all
+from superpose.free_memory import free_memory
 from superpose.journal import Journal
 from superpose.learning import STATE_FOLDER, learn_first
 from superpose.merge_tensor import merge_item, survey_item
@@ -101,7 +102,8 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None, cache: Cach
         journal = Journal(partial_folder)
         remove_strangers(partial_folder, plan.layout, keep=(LEARNED_FILE, STATE_FOLDER))
         plan, learned = _learn(plan, partial_folder, report or (lambda _: None), cache)
-        backend = make_backend(settings.backend, settings.workers, settings.memory, settings.ray_address)
+        budget = _budget(plan)
+        backend = make_backend(settings.backend, settings.workers, budget, settings.ray_address)
         ending.callback(backend.close)
         watch = Watch(plan.stamps)
         backend = watched(with_inputs_checked(backend, plan.items), watch)
@@ -161,6 +163,27 @@ def _learn(plan: Plan, folder: Path, report: Report, cache: Cache | None) -> tup
             backend.close()
 
     return learn_first(plan, folder, context, surveys, tell)
+
+
+def _budget(plan: Plan) -> int:
+    """Return the bytes in flight that are asked for, or fewer where there are not as many.
+
+    Raises:
+        SuperposeError: a tensor needs more by itself.
+    """
+    asked = plan.settings.memory
+    if plan.settings.backend == "ray":  # on other machines; Ray is told what each item needs
+        return asked
+    room = free_memory(mapped=sum(known.size for known in plan.stamps.values()))
+    largest = max(plan.items, key=lambda item: item.memory, default=None)
+    if room is None or largest is None:
+        return asked
+    if largest.memory > room.bytes:
+        need, left = largest.memory / 2**30, room.bytes / 2**30
+        what = f"not enough memory: {need:.2f} GiB are needed for one tensor, {left:.2f} GiB can be had"
+        mend = f"raise that limit ({room.limit}), or give such tensors a method that needs less by a rule"
+        raise SuperposeError(what, where=f"tensor {largest.name}, method {largest.method}", mend=mend)
+    return min(asked, room.bytes)
 
 
 def _context(plan: Plan, cache: Cache | None) -> Context:

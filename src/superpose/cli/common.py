@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from superpose.errors import SuperposeError, printable
+from superpose.free_memory import is_shortage
 
 if TYPE_CHECKING:
     from superpose.recipe import Recipe
     from superpose.records import RunRecord
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+PATIENCE = 5.0
+"""Seconds that tensors in flight have to be finished after an interruption; a large one can take many minutes."""
 MOST_WARNINGS = 10
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG, errno.ENAMETOOLONG)
 
@@ -216,12 +219,19 @@ def exit_codes(kept: Path | None = None) -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
     except KeyboardInterrupt as error:
-        raise _interruption(kept) from error
+        raise _interruption(error, kept) from error
     except BrokenPipeError:
         # The reader of our output went away, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_shortage(error):
+            mend = "run the same command again with --workers 1 and a smaller --memory, or raise the limit (ulimit -v)"
+            problem = SuperposeError(
+                f"memory ran out: {str(error).partition(chr(10))[0] or type(error).__name__}", where=str(kept or ""), mend=mend
+            )
+            typer.echo(f"error: {problem}", err=True)
+            raise typer.Exit(BAD_INPUT) from error
+        if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
             raise
         place = error.filename or kept or "the output"
         mend = "free some space or choose another place, and run the same command again"
@@ -229,36 +239,64 @@ def exit_codes(kept: Path | None = None) -> Iterator[None]:
         raise typer.Exit(BAD_INPUT) from error
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, with which systems ask a process to end before they kill it: treated like Ctrl-C."""
+
+
 @contextlib.contextmanager
 def _interrupts_that_stay() -> Iterator[None]:
-    """Let what follows Ctrl-C be an interruption: out of a library's native code it can come as another error."""
-    pressed: list[int] = []
+    """Let Ctrl-C and SIGTERM end the work in good order; at once where that takes too long, or at a second one.
+
+    Out of a library's native code the interruption can come as another error: what follows it is one all the same.
+    """
+    pressed: list[type[KeyboardInterrupt]] = []
+    timers: list[threading.Timer] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        pressed.append(number)
-        signal.default_int_handler(number, frame)
+        del frame
+        kind = _Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        if pressed:
+            _leave_at_once(_EXIT_CODES[kind])
+        pressed.append(kind)
+        timers.append(threading.Timer(PATIENCE, _leave_at_once, [_EXIT_CODES[kind]]))
+        timers[0].daemon = True
+        timers[0].start()
+        raise kind
 
     # Someone else's handler, and a signal that the caller has ignored, are left alone; so are other threads.
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ours = ours and threading.current_thread() is threading.main_thread()
-    if ours:
-        signal.signal(signal.SIGINT, note)
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = [number for number, handler in before.items() if here and handler in _DEFAULT_HANDLERS]
+    for number in ours:
+        signal.signal(number, note)
     try:
         yield
-    except Exception as error:  # raised again, whatever it is; after Ctrl-C as what it was
+    except Exception as error:  # raised again, whatever it is; after an interruption as what it was
         if pressed:
-            raise KeyboardInterrupt from error
+            raise pressed[0] from error
         raise
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for timer in timers:
+            timer.cancel()
+        for number in () if pressed else ours:  # once interrupted, the process ends: a second signal still ends it
+            signal.signal(number, before[number])
 
 
-def _interruption(kept: Path | None) -> typer.Exit:
-    typer.echo("\ninterrupted", err=True)
+def _leave_at_once(code: int) -> None:
+    """End the process without waiting for the tensors in flight: nothing is lost by that but their time."""
+    os.write(2, b"\nstopped at once; what is finished is kept\n")
+    os._exit(code)
+
+
+_DEFAULT_HANDLERS = (signal.default_int_handler, signal.SIG_DFL)
+_EXIT_CODES = {KeyboardInterrupt: INTERRUPTED, _Terminated: TERMINATED}
+
+
+def _interruption(error: KeyboardInterrupt, kept: Path | None) -> typer.Exit:
+    typer.echo("\nterminated" if isinstance(error, _Terminated) else "\ninterrupted", err=True)
     if kept is not None and kept.exists():
-        typer.echo(f"what is finished is kept in {kept}; run the same command again to go on", err=True)
-    return typer.Exit(INTERRUPTED)
+        typer.echo(f"what is finished is kept in {printable(str(kept))}; run the same command again to go on", err=True)
+    return typer.Exit(_EXIT_CODES.get(type(error), INTERRUPTED))
 
 
 def size(count: float) -> str:
