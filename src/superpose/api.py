@@ -28,6 +28,7 @@ from superpose.errors import SuperposeError, raise_all
 from superpose.evaluators import Evaluation, evaluate_model, find_evaluator, silent
 from superpose.kinds import Kind
 from superpose.parts import Context
+from superpose.places import absolute
 from superpose.planning import Plan, Settings, make_plan
 from superpose.planning.checks import check_device
 from superpose.reading import close_readers
@@ -485,11 +486,6 @@ def inspect(location: str | Path) -> Inspection | Adapter:
         told = kind_of(name, header.shape, is_float=header.is_float)
         kinds[name] = (known, "module") if known is not None else (told, "name")
     return Inspection(checkpoint, kinds, {**architecture.tied, **checkpoint.aliases})
-
-
-def absolute(output: str | Path) -> Path:
-    """Return a path with a last part that can be extended, which "." and "out/.." do not have."""
-    return Path(output).expanduser().resolve()
 
 
 def _bytes(size: int | str, where: str = "--memory") -> int:
