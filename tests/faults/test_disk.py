@@ -14,6 +14,8 @@ from families import make_family
 
 from faults.scenes import content, make_scene
 from faults.tally import rounds
+from superpose.checkpoints.writer import StreamWriter, lay_out, lay_out_beside
+from superpose.planning.checks import check_room
 
 NOBODY = 65534
 ROOM = 4 << 20
@@ -81,6 +83,7 @@ def test_the_disk_is_full_from_an_event_on(scene_on, disk, tally, what, backend)
             ended = scene.run(harm=["fill", str(ballast), left], event=event, count=count)
             if ended.status:
                 refused(ended, "the disk is full: No space left on device", "run the same command again")
+                assert "models" not in ended.text, "a file is named that was read, not written"
                 assert not scene.is_complete()
             scene.nothing_lost()
             finished = scene.finished()
@@ -162,6 +165,22 @@ def test_what_an_earlier_run_takes_is_room(scene_on, disk, tally, what):
         ballast.unlink()
         assert resumed == ended.events["item"]
         injection.outcome = "went on, same bytes"
+
+
+def test_what_an_earlier_run_takes_is_counted_as_far_as_the_disk_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 0))
+    layout = lay_out_beside(lay_out([("a", "F32", (5000,))], 10**9), "tasks/masks.safetensors", [("m", "U8", (50000,))])
+    [problem] = check_room(layout, tmp_path / "out")
+    assert "0 B are free, 68.56 KiB are missing" in problem.what
+    (tmp_path / "out.partial").mkdir()
+    StreamWriter(tmp_path / "out.partial", layout).close()
+    assert check_room(layout, tmp_path / "out") == []
+    masks = tmp_path / "out.partial" / "tasks" / "masks.safetensors"
+    size = masks.stat().st_size
+    masks.write_bytes(b"")
+    os.truncate(masks, size)  # of full size, and nothing of it on the disk
+    [problem] = check_room(layout, tmp_path / "out")
+    assert "are missing" in problem.what
 
 
 def test_a_full_cache_is_done_without(scene_on, disk, tally, forks, tmp_path):

@@ -94,6 +94,21 @@ def test_what_another_recipe_left_is_never_mixed_in(scene_of, tally, what):
             injection.outcome = "not mixed"
 
 
+@pytest.mark.parametrize("what", ["emr set", "model and adapter", "adapter"])
+def test_strange_files_in_an_unfinished_merge_are_not_taken_over(scene_of, tally, what):
+    scene = scene_of(what, "serial")
+    with tally("Used targets", "strange files in an unfinished merge", "at every depth") as injection:
+        scene.begin()
+        ended = scene.run(signal=int(signal.SIGKILL), event="journal", count=4)
+        assert ended.status == -signal.SIGKILL, ended.text
+        for folder in ["", *(path.name for path in scene.partial.iterdir() if path.is_dir())]:
+            (scene.partial / folder / "optimizer.pt").write_bytes(b"of an older version")
+            (scene.partial / folder / "more").mkdir()
+            (scene.partial / folder / "more" / "weights.safetensors").write_bytes(b"of an older version")
+        assert scene.finish() == 3
+        injection.outcome = "went on without them, same bytes"
+
+
 @pytest.mark.parametrize("second", ["merge", "extract", "rebuild", "statistics"])
 def test_two_processes_want_one_target(tmp_path, forks, scene_of, tally, second):
     scene = scene_of("emr set", "serial")

@@ -308,7 +308,9 @@ def disk_problem(error: OSError, place: str | Path) -> SuperposeError | None:
     Returns:
         The problem.
     """
-    where, again = str(error.filename or place), "run the same command again: finished tensors are kept"
+    # A copy names what is copied first, and then what is written.
+    file = error.filename2 or error.filename
+    where, again = str(file or place), "run the same command again: finished tensors are kept"
     if error.errno in FULL:
         return SuperposeError(f"the disk is full: {error.strerror}", where=where, mend=f"free some space and {again}")
     if error.errno == errno.EFBIG:
@@ -318,7 +320,7 @@ def disk_problem(error: OSError, place: str | Path) -> SuperposeError | None:
     if error.errno == errno.EIO:
         what = f"the disk fails: {error.strerror}"
         return SuperposeError(what, where=where, mend=f"choose another disk, or mend this one and {again}")
-    ours = error.filename is not None and str(error.filename).startswith(str(place))
+    ours = file is not None and str(file).startswith(str(place))
     if ours and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         what = f"the output cannot be written: {error.strerror}"
         return SuperposeError(what, where=where, mend=f"give yourself the right to write there, and {again}")
