@@ -40,6 +40,7 @@ from superpose.plug_ins import plug_in_digest
 from superpose.reading import close_readers, read_ahead
 from superpose.records import RECORD_FILE, RunRecord, TensorRecord
 from superpose.registry import Cache, find_method
+from superpose.relatedness import doubts
 from superpose.report.card import model_card
 from superpose.task_sets import write_tasks
 from superpose.watch import Watch, watched
@@ -106,6 +107,8 @@ def run_plan(plan: Plan, output: Path, report: Report | None = None, cache: Cach
         backend = make_backend(settings.backend, settings.workers, budget, settings.ray_address)
         ending.callback(backend.close)
         watch = Watch(plan.stamps)
+        with watch.over(*plan.items):
+            plan = replace(plan, notes=(*plan.notes, *doubts(plan.items, plan.recipe.task_names)))
         backend = watched(with_inputs_checked(backend, plan.items), watch)
         with contextlib.closing(StreamWriter(partial_folder, plan.layout)) as writer:
             finished = journal.finished(plan.items, writer)

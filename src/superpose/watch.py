@@ -70,11 +70,11 @@ class Watch:
         self.check(self._stamps)
 
     @contextmanager
-    def over(self, item: WorkItem) -> Iterator[None]:
-        """Check an item's inputs after it was worked on; what goes wrong with a changed file is the change.
+    def over(self, *items: WorkItem) -> Iterator[None]:
+        """Check items' inputs after they were worked on; what goes wrong with a changed file is the change.
 
         Args:
-            item: what is worked on.
+            items: what is worked on.
 
         Yields:
             None: while it is.
@@ -82,7 +82,7 @@ class Watch:
         Raises:
             SuperposeError: an input was changed.
         """
-        files = {file for header in sources_of(item) for file in files_of(header)}
+        files = {file for item in items for header in sources_of(item) for file in files_of(header)}
         try:
             yield
         except Exception:
