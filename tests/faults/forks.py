@@ -77,7 +77,8 @@ class Forks:
             arguments: of the command line.
             root: events under this folder count.
             **fault: `signal`, or `harm` (a function of `faults.harms` and its arguments), with `event` and `count`;
-                `signal` with `after` seconds; `power` with `event` number and `seed`; `user`; `limit` in bytes a file.
+                `again`, for the signal at all events that follow; `signal` with `after` seconds; `power` with `event`
+                number and `seed`; `user`; `limit` in bytes a file.
         """
         return self._ask({"arguments": [str(one) for one in arguments], "root": str(root), **fault})
 
@@ -216,8 +217,15 @@ def _inject(request: Mapping[str, Any], counters: Counters) -> Callable[[], None
         power.watch(watch)
         return power.cut
 
+    again = []
+
     def met(event: str, half: Callable[[], Any]) -> None:
-        if counters.add(event) == request.get("count") and event == request.get("event"):
+        number = counters.add(event)
+        if again:
+            os.kill(os.getpid(), request["signal"])
+        if number == request.get("count") and event == request.get("event"):
+            if request.get("again"):
+                again.append(True)
             if "harm" in request:
                 name, *arguments = request["harm"]
                 getattr(harms, name)(*arguments)

@@ -15,13 +15,13 @@ TOLD = {"SIGINT": 130, "SIGTERM": 143}
 """Signals that a merge ends upon in good order, and its exit code."""
 
 
-def events_of(scene, count, *key):
+def events_of(events, count, *key):
     """Return events at which to inject: of each kind in turn, one at random."""
     draw = random.Random(repr(key))
-    kinds = sorted(scene.events)
+    kinds = sorted(events)
     draw.shuffle(kinds)
     chosen = [kinds[place % len(kinds)] for place in range(count)]
-    return [{"event": kind, "count": draw.randint(1, scene.events[kind])} for kind in chosen]
+    return [{"event": kind, "count": draw.randint(1, events[kind])} for kind in chosen]
 
 
 def moments_of(count, *key):
@@ -47,7 +47,7 @@ def check_end(scene, ended, workers):
 @pytest.mark.parametrize("what", sorted(SCENES))
 def test_killed_at_an_event_it_goes_on_to_the_same_bytes(scene_of, tally, what, backend):
     scene = scene_of(what, backend)
-    for event in events_of(scene, rounds(2), what, backend):
+    for event in events_of(scene.events, rounds(2), what, backend):
         with tally("Death", "SIGKILL at an event", backend) as injection:
             scene.begin()
             ended = scene.run(signal=int(signal.SIGKILL), **event)
@@ -75,13 +75,27 @@ def test_ended_at_any_time_it_goes_on_to_the_same_bytes(scene_of, tally, backend
 @pytest.mark.parametrize("what", ["emr set", "over an older output", "pcb"])
 def test_told_to_stop_at_an_event_it_says_how_to_go_on(scene_of, tally, what, backend, name):
     scene = scene_of(what, backend)
-    for event in events_of(scene, rounds(1), what, backend, name):
+    for event in events_of(scene.events, rounds(1), what, backend, name):
         with tally("Death", f"{name} at an event", backend) as injection:
             scene.begin()
             ended = scene.run(signal=int(signal.Signals[name]), **event)
             assert ended.status == TOLD[name] or (ended.status == 0 and scene.is_complete()), (event, ended)
             assert "Traceback" not in ended.text
             assert scene.is_complete() or not scene.partial.exists() or "run the same command again" in ended.text
+            injection.outcome = check_end(scene, ended, WORKERS[backend])
+
+
+@pytest.mark.parametrize("name", sorted(TOLD))
+@pytest.mark.parametrize("backend", sorted(WORKERS))
+def test_told_to_stop_twice_it_ends_at_once(scene_of, tally, backend, name):
+    scene = scene_of("stf", backend)
+    for event in events_of({"item": scene.events["item"] - 2}, rounds(1), backend, name):
+        with tally("Death", f"{name}, and once more", backend) as injection:
+            scene.begin()
+            ended = scene.run(signal=int(signal.Signals[name]), again=True, **event)
+            assert ended.status == TOLD[name], ended.text
+            assert "stopped at once" in ended.text
+            assert "Traceback" not in ended.text
             injection.outcome = check_end(scene, ended, WORKERS[backend])
 
 
