@@ -146,6 +146,19 @@ def load_big():
     return torch.zeros(1024, 1024)
 
 
+def test_what_was_rebuilt_from_a_set_is_checked_too(tmp_path):
+    folders = make_family(tmp_path)
+    library.merge(recipe(folders, method="emr"), tmp_path / "set")
+    library.rebuild(tmp_path / "set", "ft1", tmp_path / "out")
+    found = library.verify(tmp_path / "out", recompute=3)
+    assert found.is_sound
+    assert found.recomputed == ()
+    assert any("superpose rebuild" in note for note in found.notes)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    assert not library.verify(tmp_path / "out").is_sound
+
+
 def test_on_the_command_line(merged):
     _, out = merged
     done = superpose("verify", out, "--recompute", 3)

@@ -10,13 +10,15 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from superpose.checkpoints.stamps import file_digest
 from superpose.checkpoints.writer import FULL, Layout, disk_problem
 from superpose.errors import SuperposeError
 from superpose.planning.adapters import WIDE_FILE
-from superpose.records import is_output
+from superpose.records import RECORD_FILE, RunRecord, is_output
 
 JOURNAL_FILE = "journal.jsonl"
 NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP") if hasattr(errno, name)}
@@ -188,6 +190,24 @@ def settle_replaced(output: Path) -> None:
         shutil.rmtree(_removed(output), ignore_errors=True)
     elif not output.exists() or (output.is_dir() and not any(output.iterdir())):
         replaced.rename(output)
+
+
+def write_record(folder: Path, layout: Layout, record: RunRecord) -> RunRecord:
+    """Write the record of a merge, the last of its files.
+
+    Args:
+        folder: of the merge under way; everything else is in it.
+        layout: of its weights, whose tensors have digests of their own.
+        record: the record.
+
+    Returns:
+        The record as written: with the digests of all other files.
+    """
+    apart = {file.name for file in layout.all_files} | {RECORD_FILE, JOURNAL_FILE}
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    record = replace(record, files={name: file_digest(file) for name, file in files.items() if name not in apart})
+    (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8", errors="backslashreplace")
+    return record
 
 
 def publish(partial_folder: Path, output: Path) -> None:

@@ -32,13 +32,13 @@ from superpose.free_memory import free_memory
 from superpose.journal import Journal
 from superpose.learning import STATE_FOLDER, learn_first
 from superpose.merge_tensor import merge_item, survey_item
-from superpose.output_folder import JOURNAL_FILE, locked, make_partial, publish, remove_strangers, settle_replaced
+from superpose.output_folder import locked, make_partial, publish, remove_strangers, settle_replaced, write_record
 from superpose.own_code import code_digest
 from superpose.parts import Context
 from superpose.planning import LEARNED_FILE, Plan, WorkItem, check_output
 from superpose.plug_ins import plug_in_digest
 from superpose.reading import close_readers, read_ahead
-from superpose.records import RECORD_FILE, RunRecord, TensorRecord
+from superpose.records import RunRecord, TensorRecord
 from superpose.registry import Cache, find_method
 from superpose.relatedness import doubts
 from superpose.report.card import model_card
@@ -328,13 +328,7 @@ def _write_sidecars(plan: Plan, folder: Path, record: RunRecord) -> RunRecord:
         (folder / INDEX_FILE).write_text(index, encoding="utf-8")
     (folder / "README.md").write_text(model_card(record, plan.base.config), encoding="utf-8", errors="backslashreplace")
     write_tasks(folder, record, plan.recipe.task_names)
-    weights = {file.name for file in plan.layout.all_files}
-    beside = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    unmarked = weights | {RECORD_FILE, JOURNAL_FILE}
-    digests = {name: file_digest(file) for name, file in beside.items() if name not in unmarked}
-    record = replace(record, files=digests)
-    (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8", errors="backslashreplace")
-    return record
+    return write_record(folder, plan.layout, record)
 
 
 def _write_model_config(plan: Plan, folder: Path) -> None:

@@ -23,11 +23,11 @@ from superpose.checkpoints.files import formats, read_json
 from superpose.checkpoints.folder import Checkpoint, open_checkpoint
 from superpose.checkpoints.headers import TORCH_DTYPES, TensorHeader
 from superpose.checkpoints.sidecars import copy_sidecars
-from superpose.checkpoints.writer import StreamWriter, as_bytes, lay_out
+from superpose.checkpoints.writer import Layout, StreamWriter, as_bytes, lay_out
 from superpose.errors import SuperposeError, nearest, raise_all
 from superpose.maths.bits import packed_bytes, unpack
 from superpose.methods.emr import mask_name, task_vector_of
-from superpose.output_folder import locked, make_partial, publish, remove_strangers, settle_replaced
+from superpose.output_folder import locked, make_partial, publish, remove_strangers, settle_replaced, write_record
 from superpose.planning import CHUNK, MASKS_FILE, check_output
 from superpose.records import RECORD_FILE, RunRecord, TensorRecord
 
@@ -157,7 +157,7 @@ def rebuild(
                 _rebuild_tensor(header, merged.tensors[header.name], packed, scales[number], writer, known)
             writer.sync()
             digests = {header.name: writer.digest(header.name) for header in headers}
-        _write_sidecars(partial, original, layout.index(), _record(record, folder, task, output, headers, digests))
+        _write_sidecars(partial, original, layout, _record(record, folder, task, output, headers, digests))
         publish(partial, output)
     return headers
 
@@ -292,8 +292,9 @@ def _record(
     )
 
 
-def _write_sidecars(folder: Path, base: Checkpoint, index: str | None, record: RunRecord) -> None:
+def _write_sidecars(folder: Path, base: Checkpoint, layout: Layout, record: RunRecord) -> None:
     copy_sidecars(base.folder, base.config, folder, None)
+    index = layout.index()
     if index is not None:
         (folder / INDEX_FILE).write_text(index, encoding="utf-8")
-    (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8", errors="backslashreplace")
+    write_record(folder, layout, record)
