@@ -1,4 +1,4 @@
-"""Merge checkpoint folders, read the record, and merge again from a recipe with rules.
+"""Merge checkpoint folders, read the record, verify the result, and plan again with rules.
 
 python examples/merge_folders.py
 """
@@ -32,6 +32,9 @@ for tensor in record.tensors:
     print(f"{tensor.name:24}{tensor.kind:12}{tensor.method:8}{dict(tensor.stats)}")
 linear = next(tensor for tensor in record.tensors if tensor.kind == "linear")
 print(f"features answered to within {linear.measures['trimmed']['relative']:.1e} of their strength")
+
+found = superpose.verify(folder / "merged", recompute=2)
+print(f"{found.tensors} tensors as recorded, {len(found.recomputed)} computed once more; sound: {found.is_sound}")
 
 careful = recipe | {"rules": [{"kind": "norm", "keep": "base"}, {"match": "embed.*", "method": "average"}]}
 plan = superpose.plan(careful)
