@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from superpose.checkpoints.torch_zip import SUFFIXES
 from superpose.errors import SuperposeError
 
 READ = 512
 """Bytes that tell."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
+_ZIP = b"PK\x03\x04"
 # What begins so, what that is, and what to do about it.
 _KNOWN = (
     (_POINTER, "a git-lfs pointer, not the file itself", "fetch it in the repository's folder: git lfs pull"),
-    (b"PK\x03\x04", "a zip, as torch.save and others write it", "name it .bin if torch.save wrote it, or unpack it"),
+    (_ZIP, "a zip, as torch.save and others write it", "name it .bin if torch.save wrote it, or unpack it"),
     (b"\x80\x02", "a pickle without a zip around it", "load and save it again with a newer PyTorch, or as safetensors"),
     (b"\x89PNG", "an image (PNG)", "fetch the weights again"),
     (b"\xff\xd8\xff", "an image (JPEG)", "fetch the weights again"),
@@ -43,5 +45,7 @@ def told_by_first_bytes(file: Path) -> SuperposeError | None:
     if not any(head):
         mend = "fetch it again: the download was broken off"
         return SuperposeError("the file holds zeros where its header should be", where=str(file), mend=mend)
+    if head.startswith(_ZIP) and file.suffix in SUFFIXES:  # the right sort, with something else wrong with it
+        return None
     found = next(((what, mend) for begin, what, mend in _KNOWN if head.startswith(begin)), None)
     return SuperposeError(found[0], where=str(file), mend=found[1]) if found else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from superpose.errors import SuperposeError, nearest
 ADAPTER_CONFIG = "adapter_config.json"
 LONGEST_PATTERN, MOST_REPEATS = 200, 3
 """Of a pattern for ranks: beyond, matching it can take for ever."""
+MOST_MATCHING = 200_000_000
+"""Steps that matching all patterns with all modules may take: a pattern with three repeats takes the cube of a name."""
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
 """Models, and linear maps in them, whose weights are stored in x out."""
@@ -179,6 +181,9 @@ def open_adapter(folder: Path, name: str, revision: str = "") -> Adapter:
             what = f"tensor {key} is no part of LoRA that is known here"
             problems.append(SuperposeError(what, where=str(header.file), mend=WRITE_OUT))
     modules = {}
+    if problem := _slow_patterns(config, parts):
+        problems.append(SuperposeError(problem, where=str(config_file), mend="write module names in place of patterns"))
+        parts = {}
     for path, headers in parts.items():
         try:
             modules[path] = _module(path, headers, config, config_file)
@@ -331,14 +336,25 @@ def _refusals(config: Mapping[str, Any], file: Path) -> list[SuperposeError]:
 
 
 def _is_pattern(word: str) -> bool:
-    repeats = len(re.findall(r"[*+{]", word))
-    if re.search(r"\)[*+{]", word) or repeats > MOST_REPEATS or len(word) > LONGEST_PATTERN:
+    if re.search(r"\)[*+{]", word) or _repeats(word) > MOST_REPEATS or len(word) > LONGEST_PATTERN:
         return False
     try:
         re.compile(word)
     except re.error:
         return False
     return True
+
+
+def _slow_patterns(config: Mapping[str, Any], paths: Collection[str]) -> str:
+    """Return what is said of patterns that would take long to match, "" if they do not."""
+    longest = max(map(len, paths), default=0)
+    patterns = [word for key in ("rank_pattern", "alpha_pattern") for word in config.get(key) or ()]
+    steps = len(paths) * sum(max(longest, 1) ** max(_repeats(word), 1) for word in patterns)
+    return "" if steps <= MOST_MATCHING else f"matching {len(patterns)} patterns for ranks would take too long"
+
+
+def _repeats(word: str) -> int:
+    return len(re.findall(r"[*+{]", word))
 
 
 def _is_number(value: Any) -> bool:

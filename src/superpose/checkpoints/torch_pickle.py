@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from superpose.checkpoints.headers import DTYPE_NAMES, MOST_TENSORS, FileHeaders, TensorHeader, name_problem
-from superpose.checkpoints.torch_zip import check_zip
+from superpose.checkpoints.torch_zip import SUFFIXES, check_zip
 from superpose.errors import SuperposeError
 
 MOST_REPEATED = 2**24
@@ -38,7 +38,7 @@ class TorchPickleReader:
 class TorchPickleFormat:
     """The zip files that `torch.save` writes, holding tensors alone."""
 
-    suffixes = (".bin", ".pt", ".pth")
+    suffixes = SUFFIXES
 
     def open(self, file: Path) -> TorchPickleReader:
         """Open a file whose headers were found sound."""

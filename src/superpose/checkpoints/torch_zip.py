@@ -13,7 +13,9 @@ from typing import BinaryIO, NamedTuple
 
 from superpose.checkpoints.pickles import check_pickle
 
-LARGEST_DIRECTORY = LARGEST_PICKLE = 100_000_000
+SUFFIXES = (".bin", ".pt", ".pth")
+"""Of names of files that torch.save writes."""
+LARGEST_DIRECTORY, LARGEST_PICKLE = 30_000_000, 100_000_000
 """Bytes; of a file's table of contents, and of its description of the tensors."""
 _END, _END_64, _LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 _FULL_16, _FULL_32 = 2**16 - 1, 2**32 - 1
