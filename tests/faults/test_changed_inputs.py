@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from families import load, make_family, weights
 from safetensors.torch import save_file
 
 import superpose
+from faults.waiting import method_that_waits, wait_for
 from superpose import SuperposeError, run
 from superpose.checkpoints.stamps import BLOCK, BLOCKS, HEAD, content_sample
 
@@ -139,6 +143,37 @@ def test_a_change_in_the_last_moment_is_seen_before_the_output_appears(tmp_path,
     with pytest.raises(SuperposeError, match="has changed since the plan"):
         superpose.merge(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what becomes of a file cut short under a mapping is Linux's")
+def test_cut_short_while_it_is_mapped_a_file_ends_the_process_and_leaves_nothing(tmp_path, tally):
+    folders = make_family(tmp_path, layers=2, width=64)
+    plug_in = method_that_waits(tmp_path / "methods")
+    file = folders[2] / "model.safetensors"
+    content = file.read_bytes()
+    command = [sys.executable, "-m", "superpose", "merge", *map(str, folders), "-o", str(tmp_path / "out")]
+    command += ["--method", "waiting", "--backend", "serial", "--quiet"]
+    environment = {**os.environ, "SUPERPOSE_METHODS": str(plug_in)}
+    with tally("Disk", "input cut short in its place while it is mapped", "serial") as injection:
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        wait_for(plug_in / "begun", process)
+        os.truncate(file, 1000)
+        (plug_in / "wait").unlink()
+        _, said = process.communicate(timeout=60)
+        assert process.returncode in (2, -signal.SIGBUS), said
+        assert not (tmp_path / "out").exists()
+        again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert again.returncode == 2
+        assert str(file) in again.stderr
+        file.write_bytes(content)
+        assert subprocess.run(command, env=environment, timeout=60).returncode == 0
+        superpose.merge(
+            {"base": str(folders[0]), "models": [str(folder) for folder in folders[1:]], "method": "average"},
+            tmp_path / "whole",
+        )
+        for name, tensor in load(tmp_path / "whole").items():
+            assert (load(tmp_path / "out")[name] - tensor).abs().max() < 1e-6
+        injection.outcome = "refused by name" if process.returncode == 2 else "ended by SIGBUS; then refused by name"
 
 
 @pytest.mark.parametrize("place", [0, HEAD - 1, HEAD + BLOCK + 7, -BLOCK, -1])

@@ -15,6 +15,7 @@ import torch
 from families import generator, load, make_family, save, superpose, tuned_tensors, weights
 
 import superpose as library
+from faults.waiting import method_that_waits, wait_for
 from superpose import SuperposeError
 from superpose.free_memory import SLACK, Room, free_memory, is_shortage
 
@@ -231,33 +232,6 @@ def test_a_thousand_models_with_few_file_handles(tmp_path, tally):
     )  # a thousand roundings
 
 
-SLOW_METHOD = '''"""Average that waits while a file is there."""
-
-import time
-from dataclasses import dataclass
-from pathlib import Path
-
-from superpose.registry import merge_method
-
-HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True, kw_only=True)
-class WaitingOptions:
-    """None."""
-
-
-@merge_method("waiting", options=WaitingOptions, source="a test", whole_for=())
-def waiting(task_vectors, options):
-    """Wait, then average."""
-    if task_vectors.shape[1:].numel() > 1000:
-        (HERE / "begun").touch()
-        while (HERE / "wait").exists():
-            time.sleep(0.01)
-    return task_vectors.mean(dim=0)
-'''
-
-
 @pytest.mark.parametrize(
     ("first", "second", "code"),
     [
@@ -269,10 +243,7 @@ def waiting(task_vectors, options):
 )
 def test_whoever_asks_twice_or_has_waited_long_enough_need_not_wait(tmp_path, tally, first, second, code):
     folders = make_family(tmp_path, layers=1, width=32)
-    plug_in = tmp_path / "methods"
-    plug_in.mkdir()
-    (plug_in / "waiting.py").write_text(SLOW_METHOD)
-    (plug_in / "wait").touch()
+    plug_in = method_that_waits(tmp_path / "methods")
     arguments = ["merge", *map(str, folders), "-o", str(tmp_path / "out"), "--method", "waiting", "--workers", "2"]
     name = f"{first.name}, then {second.name}" if second else f"{first.name} while a tensor takes for ever"
     with tally("Resources", name) as injection:
@@ -301,10 +272,3 @@ def test_whoever_asks_twice_or_has_waited_long_enough_need_not_wait(tmp_path, ta
         superpose(*arguments, "--quiet", SUPERPOSE_METHODS=str(plug_in))
         assert load(tmp_path / "out").keys() == load(folders[0]).keys()
         injection.outcome = "ended at once; went on"
-
-
-def wait_for(file: Path, process: subprocess.Popen) -> None:
-    until = time.monotonic() + 60
-    while not file.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-    assert file.exists(), process.communicate()[1]
