@@ -120,7 +120,7 @@ def test_killed_again_and_again_it_comes_to_an_end(scene_of, tally):
 def test_what_was_deleted_in_part_is_no_output_and_in_nobodys_way(scene_of, tally):
     scene = scene_of("over an older output", "serial")
     counts = range(1, scene.events["unlink"] + 1)
-    for count in random.Random(0).sample(counts, min(rounds(6), len(counts))):
+    for count in random.Random(0).sample(counts, min(rounds(3), len(counts))):
         with tally("Death", "SIGKILL while the replaced output is deleted", "serial") as injection:
             scene.begin()
             ended = scene.run(signal=int(signal.SIGKILL), event="unlink", count=count)

@@ -74,7 +74,7 @@ def test_the_disk_is_full_from_an_event_on(scene_on, disk, tally, what, backend)
     scene = scene_on(what, backend)
     draw, ballast = random.Random(f"{what} {backend}"), disk / "ballast"
     kinds = [kind for kind in WRITTEN if kind in scene.events]
-    for number in range(rounds(2)):
+    for number in range(rounds(1)):
         event = kinds[(number + len(what)) % len(kinds)]
         with tally("Disk", "disk full from an event on", backend) as injection:
             scene.begin()
@@ -109,7 +109,7 @@ def test_files_may_not_grow(scene_on, tally, what):
 
 def test_no_more_files_can_be_made(scene_on, disk, tally):
     scene = scene_on("emr set")
-    for spare in random.Random(0).sample(range(16), min(rounds(5), 16)):
+    for spare in random.Random(0).sample(range(16), min(rounds(3), 16)):
         with tally("Disk", "no inodes left", "serial") as injection:
             scene.begin()
             try:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from families import generator, load, make_family, superpose, weights
+from families import generator, load, make_family, weights
 from safetensors.torch import load_file, save_file
 
 from faults.scenes import SCENES, content
@@ -75,7 +75,7 @@ def test_an_output_that_exists_is_replaced_only_if_asked_and_only_by_a_complete_
 def test_what_another_recipe_left_is_never_mixed_in(scene_of, tally, what):
     scene = scene_of(what, "serial")
     draw = random.Random(what)
-    for _ in range(rounds(2)):
+    for _ in range(rounds(1)):
         other = scene_of(draw.choice([name for name in SCENES if name != what]), "serial")
         with tally("Used targets", "what another recipe left", "serial") as injection:
             scene.begin()
@@ -148,7 +148,7 @@ def test_two_processes_want_one_target(tmp_path, forks, scene_of, tally, second)
         injection.outcome = "one refused, with the other's process and host"
 
 
-def test_two_real_processes_start_at_the_same_moment(tmp_path, tally):
+def test_two_real_processes_start_at_the_same_moment(tmp_path, forks, tally):
     folders = make_family(tmp_path / "models", layers=4, width=64)
     command = [sys.executable, "-m", "superpose", "merge", *map(str, folders), "-o", str(tmp_path / "out"), "-q"]
     with tally("Used targets", "two real processes at once", "threads") as injection:
@@ -159,7 +159,7 @@ def test_two_real_processes_start_at_the_same_moment(tmp_path, tally):
         texts = [process.communicate(timeout=120)[1] for process in both]
         assert sorted(process.returncode for process in both) == [0, 2], texts
         assert any("another merge is writing" in text or "exists already" in text for text in texts)
-        superpose("merge", *folders, "-o", tmp_path / "whole", "--method", "ties")
+        assert merge(forks, tmp_path, folders, tmp_path / "whole", "--method", "ties").status == 0
         assert weights(tmp_path / "out") == weights(tmp_path / "whole")
         assert {path.name for path in tmp_path.iterdir()} == {"models", "out", "whole"}
         injection.outcome = "one refused, the other complete"
