@@ -163,8 +163,8 @@ def content(folder: Path) -> dict[str, Any]:
             record["totals"].pop(key)
         for tensor in record["tensors"]:
             tensor.pop("seconds")
-        for key in ("workers", "ray_nodes"):  # of a cluster they are known when it has had something to do
-            record["settings"].pop(key, None)
+        for key in [key for key in record["settings"] if key == "workers" or key.startswith("ray")]:
+            record["settings"].pop(key)  # of a cluster this is known when it has had something to do
         found[RECORD_FILE] = record
     return found
 
