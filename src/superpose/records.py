@@ -106,7 +106,7 @@ def is_output(folder: Path) -> bool:
     try:
         content = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
         return "superpose" in content["versions"]
-    except (OSError, ValueError, KeyError, TypeError):  # no record, or not ours
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no record, or not ours
         return False
 
 

@@ -48,7 +48,8 @@ def read_json(file: Path) -> Any:
         if not file.is_file():
             raise ValueError("it is no file")
         with file.open("rb") as stream:
-            content = stream.read(LARGEST_JSON + 1)
+            # A number of bytes is set aside before they are read.
+            content = stream.read(min(file.stat().st_size, LARGEST_JSON) + 1)
         if len(content) > LARGEST_JSON:
             raise ValueError(f"larger than {LARGEST_JSON} bytes")
         if content.count(b"[") + content.count(b"{") > MOST_PARTS:
@@ -73,6 +74,14 @@ def _is_deep(content: Any) -> bool:
         if not level:
             return False
     return True
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file of that name is there; not so for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def headers_of(file: Path) -> FileHeaders:

@@ -108,7 +108,7 @@ def open_checkpoint(location: str, *, where: str = "") -> Checkpoint:
             what = f"{len(tensors)} tensors and more, where {MOST_TENSORS} are the most"
             raise SuperposeError(what, where=str(path), mend="do not use this checkpoint")
     for name, file in declared.items():
-        if name not in tensors and name not in aliases and file.exists() and not problems:
+        if name not in tensors and name not in aliases and exists(file) and not problems:
             what = f"the index promises tensor {name}, the file does not have it"
             problems.append(SuperposeError(what, where=str(file), mend="fetch or save the checkpoint again"))
     config, config_problems = _read_config(path)
@@ -150,13 +150,13 @@ def _indexed_files(folder: Path, index: Path) -> tuple[list[Path], dict[str, Pat
             continue
         declared[tensor] = folder / name
     for file in sorted(set(declared.values())):
-        if not file.exists():
+        if not exists(file):
             missing = sorted(tensor for tensor, place in declared.items() if place == file)
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             what = f"shard {file.name} is missing"
             where = f"{index}, tensor {missing[0]}{more}"
             problems.append(SuperposeError(what, where=where, mend="fetch the shard again"))
-    return sorted({file for file in declared.values() if file.exists()}), declared, problems
+    return sorted({file for file in declared.values() if exists(file)}), declared, problems
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], list[SuperposeError]]:

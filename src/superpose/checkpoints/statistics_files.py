@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from superpose.checkpoints.files import headers_of
+from superpose.checkpoints.files import headers_of, is_file
 from superpose.checkpoints.headers import TensorHeader
 from superpose.errors import SuperposeError, raise_all
 
@@ -62,8 +62,8 @@ def open_statistics(file: Path, kind: str, where: str) -> StatisticsFile:
         SuperposeError: it is no such file, or is of another kind.
     """
     mend = f"make it: superpose statistics {kind} MODEL --data DATA -o {file.name}"
-    if not file.is_file():
-        raise SuperposeError(f"there is no file {file}", where=where, mend=mend)
+    if not is_file(file):
+        raise SuperposeError(f"there is no file {str(file)[:200]}", where=where, mend=mend)
     found = headers_of(file)
     raise_all(list(found.problems))
     try:

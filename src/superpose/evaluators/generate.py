@@ -7,13 +7,13 @@ sampling; the defaults are those of the papers' E2E runs. Metrics are named with
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 
+from superpose.checkpoints.files import read_json
 from superpose.checkpoints.models import open_model
 from superpose.errors import SuperposeError
 from superpose.evaluators.live import load_language_model, positions_of, row_facts, tokenizer_of
@@ -149,13 +149,11 @@ def _ends(model: str, live: LiveModel, tokenizer: Any) -> list[int]:
     folder = getattr(open_model(model), "folder", None)
     told: Any = None
     if folder is not None and (folder / "generation_config.json").is_file():
-        try:
-            told = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
+        content = read_json(folder / "generation_config.json")
+        if not isinstance(content, dict):
             mend = "mend the file, or take it out"
-            raise SuperposeError(
-                f"no readable JSON: {error}", where=f"{folder}/generation_config.json", mend=mend
-            ) from error
+            raise SuperposeError("it is no mapping", where=f"{folder}/generation_config.json", mend=mend)
+        told = content.get("eos_token_id")
     if told is None:
         told = getattr(live.module.config, "eos_token_id", None)
     if told is None:

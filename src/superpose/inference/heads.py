@@ -45,7 +45,7 @@ def read_head(file: Path, width: int | None) -> Head:
             tensors = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118 - no mapping
             metadata = opened.metadata() or {}
         classes = tuple(str(name) for name in json.loads(metadata.get("classes", "[]")))
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise SuperposeError(f"no readable head: {error}", where=f"head {file}", mend=mend) from error
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):

@@ -89,7 +89,12 @@ def _by_transformers(checkpoint: Checkpoint, task: TaskData) -> LiveModel:
         raise SuperposeError(what, where=where, mend="give a model folder, or make the model yourself: --loader")
     architecture = read_architecture(folder, checkpoint.config, len(checkpoint.tensors))
     with quietly():
-        config = library.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        try:
+            config = library.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the library fails in many ways; its text says how
+            what = f"transformers cannot read its config: {str(error).strip().partition(chr(10))[0]}"
+            mend = "check the folder's config.json; code that comes with a model is never run: load it by --loader"
+            raise SuperposeError(what, where=f"{folder}/config.json", mend=mend) from error
         model_class = _body_class(library, config) if task.head else _head_class(library, config, where)
         module = _fill(model_class, config, checkpoint)
     names = _names(checkpoint, module, architecture)

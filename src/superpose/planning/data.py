@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from superpose.checkpoints.files import headers_of
+from superpose.checkpoints.files import headers_of, is_file
 from superpose.checkpoints.folder import Checkpoint
 from superpose.checkpoints.headers import DTYPE_NAMES, TensorHeader, TensorInMemory
 from superpose.checkpoints.lora import Adapter
@@ -263,7 +263,7 @@ def _attach(
     items: Sequence[WorkItem], recipe: Recipe, problems: list[SuperposeError]
 ) -> tuple[list[WorkItem], None, Mapping[str, Any]]:
     place = Path(recipe.learned).expanduser()
-    file = place / LEARNED_FILE if place.is_dir() else place
+    file = place if is_file(place) else place / LEARNED_FILE
     try:
         found, told = attach_learned(items, file, recipe.task_names)
         return found, None, told
@@ -289,8 +289,8 @@ def attach_learned(
         SuperposeError: it is no such file, knows another method or other tasks, or does not fit.
     """
     mend = "name the folder of a merge that learned, with the same method, tensors and names of models"
-    if not file.is_file():
-        raise SuperposeError(f"there is no file {file}", where="learned", mend=mend)
+    if not is_file(file):
+        raise SuperposeError(f"there is no file {str(file)[:200]}", where="learned", mend=mend)
     headers = headers_of(file)
     if headers.problems:
         raise headers.problems[0]
