@@ -202,14 +202,20 @@ def test_a_full_cache_is_done_without(scene_on, disk, tally, forks, tmp_path):
     shutil.rmtree(cache)
 
 
-def test_a_read_only_disk(scene_on, disk, tally):
-    scene = scene_on("stf")
+def test_a_read_only_disk(scene_on, disk, tally, forks, tmp_path):
+    scene = scene_on("emr set")
     scene.begin()
-    for verb in ("merge", "rebuild"):
+    merged = [tmp_path / "set" if one == scene.output else one for one in scene.arguments]
+    assert forks.run(merged, tmp_path).status == 0
+    commands = {
+        "merge": scene.arguments,
+        "rebuild": ["rebuild", tmp_path / "set", "--task", "ft1", "-o", scene.output],
+    }
+    for verb, command in commands.items():
         with tally("Disk", "read-only file system", verb) as injection:
             remount(disk, "ro")
             try:
-                ended = scene.run()
+                ended = forks.run(command, scene.root)
             finally:
                 remount(disk, "rw")
             refused(ended, "Read-only file system")
