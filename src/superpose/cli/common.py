@@ -227,7 +227,9 @@ def exit_codes(kept: Path | None = None) -> Iterator[None]:
         if is_shortage(error):
             mend = "run the same command again with --workers 1 and a smaller --memory, or raise the limit (ulimit -v)"
             problem = SuperposeError(
-                f"memory ran out: {str(error).partition(chr(10))[0] or type(error).__name__}", where=str(kept or ""), mend=mend
+                f"memory ran out: {str(error).partition(chr(10))[0] or type(error).__name__}",
+                where=str(kept or ""),
+                mend=mend,
             )
             typer.echo(f"error: {problem}", err=True)
             raise typer.Exit(BAD_INPUT) from error
