@@ -207,7 +207,9 @@ def load_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     try:
         node = yaml.compose(text, Loader=_RecipeLoader)
         content, lines = yaml.load(text, Loader=_RecipeLoader), _lines(node)
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError
+    ) as error:  # fmt: skip
         # Beside its own errors the library lets through those of a number or date that is none, and of endless nesting.
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
