@@ -64,10 +64,11 @@ def test_bytes_of_any_sort_are_read_or_refused(prepared, tally):
     one()
 
 
-WORDS = st.sampled_from(
-    ["base", "models", "path", "rules", "match", "kind", "weight_map", "r", "lora_alpha", "rank_pattern", "peft_type"]
-    + ["LORA", "model-00001-of-00002.safetensors", "../x", "*", "output", "task", "data", "a.weight"]
-) | st.text(max_size=5)
+NAMES = (
+    "base", "models", "path", "rules", "match", "kind", "weight_map", "r", "lora_alpha", "rank_pattern", "peft_type",
+    "LORA", "model-00001-of-00002.safetensors", "../x", "*", "output", "task", "data", "a.weight",
+)  # fmt: skip
+WORDS = st.sampled_from(NAMES) | st.text(max_size=5)
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | WORDS
 VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=4))
 """JSON of any shape, with words that mean something to what reads it."""

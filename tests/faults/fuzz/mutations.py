@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import json
 import random
 import struct
 import zipfile
@@ -19,23 +21,67 @@ WORDS = (
 )  # fmt: skip
 
 
+VALUES = (
+    None, True, 0, 1, -1, 2, 3, 4, 8, 2**31, 2**63, 10**30, 0.5, float("nan"), float("inf"), "", "a.weight", "x" * 600,
+    "../x", "/etc/passwd", "model-00001-of-00002.safetensors", "F32", "BF16", "F8_E5M2", "I64", "LORA", "*", "(.*)*",
+    "base", "keep", "norm", "ties", "\x1b[2J", "\ud800", "5GB", [], [0], [2, 3], [0, 24], [[[]]], {}, {"a": 1},
+)  # fmt: skip
+"""What a value in JSON is replaced by."""
+
+
 def mutated(content: bytes, others: list[bytes], draw: random.Random, target: str) -> bytes:
     """Return the content with a few changes; the frame around it is made to fit again, most of the time."""
+    if draw.random() < 0.3:  # what was changed often is rarely more than refused at once
+        content = draw.choice(others)
     if draw.random() < 0.2:
         return changed(content, others, draw)
     if target == "safetensors" and len(content) >= 8:
         end = 8 + int.from_bytes(content[:8], "little")
-        header = changed(content[8:end], [other[8:] for other in others], draw)
+        header = _changed_json(content[8:end], [other[8:] for other in others], draw)
         return len(header).to_bytes(8, "little") + header + content[end:]
     if target == "pickle":
         return _with_another_pickle(content, others, draw)
-    return changed(content, others, draw)
+    return _changed_json(content, others, draw)
+
+
+def _changed_json(content: bytes, others: list[bytes], draw: random.Random) -> bytes:
+    """Return JSON with one or two values changed, left out or put elsewhere; anything else with bytes changed."""
+    if draw.random() < 0.4:
+        return changed(content, others, draw)
+    try:
+        made = json.loads(content)
+    except (ValueError, RecursionError):
+        return changed(content, others, draw)
+    for _ in range(draw.choice((1, 1, 2))):
+        places = _places(made)
+        if not places:
+            break
+        holder, key = draw.choice(places)
+        way = draw.randrange(4)
+        if way == 0:
+            del holder[key]
+        elif way == 1 and isinstance(holder, dict):
+            holder[str(draw.choice(VALUES))] = holder[key]
+        elif way == 2:
+            other, there = draw.choice(places)
+            holder[key] = copy.deepcopy(other[there]) if other is not holder or there != key else None
+        else:
+            holder[key] = copy.deepcopy(draw.choice(VALUES))
+    return json.dumps(made).encode()
+
+
+def _places(value: object, depth: int = 0) -> list[tuple]:
+    """Return every place of a value in JSON: what holds it, and its key there."""
+    if depth > 20 or not isinstance(value, (dict, list)):
+        return []
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    return [(value, key) for key in keys] + [one for key in keys for one in _places(value[key], depth + 1)]
 
 
 def changed(content: bytes, others: list[bytes], draw: random.Random) -> bytes:
-    """Return bytes with one to four changes."""
+    """Return bytes with one to three changes."""
     made = bytearray(content)
-    for _ in range(draw.randint(1, 4)):
+    for _ in range(draw.choice((1, 1, 1, 2, 3))):
         place = draw.randrange(len(made) + 1)
         stop = min(place + draw.choice((1, 1, 2, 4, 16, 64)), len(made))
         way = draw.randrange(7)

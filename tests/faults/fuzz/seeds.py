@@ -12,7 +12,10 @@ from safetensors.torch import save
 FOUND: dict[str, list[bytes]] = {
     "safetensors": [],
     "index": [b'{"weight_map": {"a.weight": "' + b"x" * 300 + b'.safetensors"}}'],  # an OSError: the name is too long
-    "recipe": [],
+    "recipe": [
+        b"base: b\nmodels: [t]\nseed: !!float\n",  # an IndexError of the YAML library
+        b"base: b\nmodels: [t]\nseed: !!bool maybe\n",  # and a KeyError
+    ],
     "adapter": [],
     "pickle": [],
 }
@@ -49,7 +52,7 @@ def recipe() -> list[bytes]:
         "output": {"form": "both", "rank": 4, "shard_size": "5GB", "rest": "drop"},
     }  # fmt: skip
     small = b"base: b\nmodels: [&a t, *a]\nmethod: ties\noptions: {density: !!float 1, k: 0x10, on: off}\n"
-    return [yaml.safe_dump(full).encode(), json.dumps(full).encode(), small]
+    return [json.dumps(full).encode(), yaml.safe_dump(full).encode(), small]
 
 
 def adapter() -> list[bytes]:
