@@ -78,7 +78,7 @@ class Forks:
             root: events under this folder count.
             **fault: `signal`, or `harm` (a function of `faults.harms` and its arguments), with `event` and `count`;
                 `again`, for the signal at all events that follow; `signal` with `after` seconds; `power` with `event`
-                number and `seed`; `user`; `limit` in bytes a file.
+                number and `seed`; `user`; `limit` in bytes a file; `script`, Python that is run before the command line.
         """
         return self._ask({"arguments": [str(one) for one in arguments], "root": str(root), **fault})
 
@@ -176,6 +176,7 @@ def _be_child(request: Mapping[str, Any], counters: Counters, text: Path) -> Non
             os.setgid(request["user"])
             os.setuid(request["user"])
         sys.argv = ["superpose", *request["arguments"]]
+        exec(request.get("script", ""), {})
         at_end = _inject(request, counters)
         status = _run()
         at_end()
