@@ -78,7 +78,7 @@ class Forks:
             root: events under this folder count.
             **fault: `signal`, or `harm` (a function of `faults.harms` and its arguments), with `event` and `count`;
                 `again`, for the signal at all events that follow; `signal` with `after` seconds; `power` with `event`
-                number and `seed`; `user`; `limit` in bytes a file; `script`, Python that is run before the command line.
+                number and `seed`; `user`; `limit` in bytes a file; `script`, Python to be run first.
         """
         return self._ask({"arguments": [str(one) for one in arguments], "root": str(root), **fault})
 
