@@ -263,6 +263,16 @@ SCALING = METHODS["task_arithmetic"].options().scaling_factor
 """The default of task arithmetic."""
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_family_of_empty_tensors_comes_back(tmp_path, tally, name):
+    """Found by the test above: a method that counts entries met none."""
+    base = {"embed_tokens.weight": torch.zeros(0, 3), "layers.0.mlp.up_proj.weight": torch.zeros(4, 0)}
+    family = Family(base, [dict(base)] * METHODS[name].models[0])
+    with tally(GROUP, "a family of empty tensors", name) as injection:
+        injection.outcome = merge_and_check(family, tmp_path, name, 0, "serial")
+        assert injection.outcome == MERGED
+
+
 # Worked examples of what the test above is to see.
 
 

@@ -137,3 +137,9 @@ def test_any_finite_values_are_ordered_as_numpy_orders_them(data, dtype):
     rank = data.draw(st.integers(0, len(row) - 1))
     split = data.draw(st.integers(0, len(row)))
     assert_found(row[None], dtype, (split,), [rank])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_of_no_values_any_is_zero(dtype):
+    """A model whose merged tensors are all empty has none; PCB asks for their quantiles all the same."""
+    assert found_at([Place(0, 0), Place(1, 3)], [torch.zeros(2, 0, dtype=dtype)], dtype) == [0.0, 0.0]

@@ -96,6 +96,8 @@ def narrow(places: Sequence[Place], counts: Tally, step: int, dtype: torch.dtype
     for number, place in enumerate(places):
         upto = np.cumsum(counts.row(number))
         digit = int(np.searchsorted(upto, place.rank, side="right"))
+        if not upto[-1]:  # of no values at all, the one at any place is taken to be zero
+            digit = 0 if step else 1 << (width - 1)
         below = int(upto[digit - 1]) if digit else 0
         narrowed.append(Place(place.row, place.rank - below, (place.prefix << width) | digit))
     return tuple(narrowed)
