@@ -278,6 +278,12 @@ def _owner(path: tuple) -> type[BaseModel]:
 class _RecipeLoader(yaml.SafeLoader):
     """YAML as its users mean it: 1e-3 is a number, off is a word, a key that occurs twice is an error."""
 
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        found = super().construct_scalar(node)
+        if isinstance(found, str):
+            found.encode("utf-8")  # half a character, which "\\ud800" makes, would become another name further on
+        return found
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value:
