@@ -191,6 +191,23 @@ def test_a_bit_flipped_in_the_pickle_or_the_zip_is_found_or_changes_nothing(tmp_
                 shutil.rmtree(tmp_path / f"{number}")
 
 
+def test_a_bit_that_makes_one_tensor_another_is_found(tmp_path, tally):
+    """Entry 1 becomes entry 0 by one bit: both are there, of one size, and PyTorch reads the same numbers twice."""
+    for role in ("base", "tuned"):
+        (tmp_path / role).mkdir()
+        torch.save({"a.weight": torch.zeros(3, 3), "b.weight": torch.ones(3, 3)}, tmp_path / role / "pytorch_model.bin")
+    file = tmp_path / "tuned" / "pytorch_model.bin"
+    content = file.read_bytes()
+    entry = b"X\x01\x00\x00\x001"
+    assert content.count(entry) == 1
+    file.write_bytes(content.replace(entry, entry[:-1] + b"0"))
+    assert torch.equal(torch.load(file)["b.weight"], torch.zeros(3, 3))
+    with tally(GROUP, "bit flipped in the pickle: another tensor", ".bin") as injection:
+        wanted = [str(file), "checksum"]
+        injection.outcome = merged_or_refused(tmp_path / "base", [tmp_path / "tuned"], tmp_path / "out", wanted)
+        assert injection.outcome == REFUSED
+
+
 @pytest.mark.parametrize("suffix", BOTH)
 def test_a_bit_flipped_in_the_data_changes_one_number_and_nothing_else(tmp_path, tally, suffix):
     """No format that we read has a checksum of its numbers: what is not NaN cannot be told from a sound file."""
@@ -443,7 +460,9 @@ SHARDS = {
 def test_a_broken_index_or_shard_is_named(tmp_path, tally, fault):
     base = save(tmp_path / "base", small_base(), shards=3)
     tuned = save(tmp_path / "tuned", tuned_tensors(small_base(), 1), shards=3)
-    save_file(small_base(), tmp_path / "outside.safetensors")
+    (tuned / "sub").mkdir()
+    for place in (tmp_path / "outside.safetensors", tuned / "sub" / "one.safetensors"):
+        save_file(small_base(), place)  # what is led to is there, and would do
     SHARDS[fault](tuned)
     with tally(GROUP, f"index: {fault}") as injection:
         injection.outcome = merged_or_refused(base, [tuned], tmp_path / "out", [str(tuned)])

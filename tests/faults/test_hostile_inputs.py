@@ -313,6 +313,7 @@ TRAPS = {
     "pairs of pairs as a key": b"\x80\x02" + b"}" + TOWER + b"Ns.",
     "pairs of pairs in a set": b"\x80\x02]q\x64" + TOWER + b"a" + call(b"builtins", b"set", b"h\x64") + b".",
     "pairs of pairs, counted": b"\x80\x02]q\x64" + TOWER + b"a" + call(b"collections", b"Counter", b"h\x64") + b".",
+    "pairs of pairs, a million levels": b"\x80\x02)" + b"q\0h\0\x86" * 1_000_000 + b".",
     "a terabyte of bytes": b"\x80\x02" + call(b"builtins", b"bytearray", number(2**40)) + b".",
     "a terabyte of bytes, by an old name": b"\x80\x02" + call(b"exceptions", b"bytearray", number(2**40)) + b".",
     "letters written out twice, forty times": b"\x80\x02" + text("a") + b"q\0"

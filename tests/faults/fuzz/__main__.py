@@ -94,6 +94,7 @@ def _inside(options: argparse.Namespace) -> None:
     with atheris.instrument_imports(include=["superpose.checkpoints", "superpose.recipe", "superpose.errors"]):
         runner = _Runner(options, guided=True)
     flags = [f"-runs={options.runs}", f"-seed={options.seed}", "-max_len=20000", "-timeout=30", "-rss_limit_mb=4000"]
+    flags.append(f"-artifact_prefix={options.out}.")
     corpus = runner.corpus()
     atheris.Setup([sys.argv[0], *flags, "-verbosity=0", "-print_final_stats=0", corpus], runner.one,
                   custom_mutator=runner.mutate)  # fmt: skip

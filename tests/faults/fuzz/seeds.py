@@ -15,6 +15,7 @@ FOUND: dict[str, list[bytes]] = {
     "recipe": [
         b"base: b\nmodels: [t]\nseed: !!float\n",  # an IndexError of the YAML library
         b"base: b\nmodels: [t]\nseed: !!bool maybe\n",  # and a KeyError
+        b'base: b\nmodels: ["\\ud800"]\n',  # half a character, which became question marks
     ],
     "adapter": [],
     "pickle": [],
