@@ -17,9 +17,9 @@ from superpose.errors import SuperposeError
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library, which keeps a hostile header from filling the memory."""
-LARGE_HEADER = 10_000_000
-"""Bytes, beyond which the library, which takes no other than the right form, is asked first: JSON can hold a list in
-every three bytes, each of which takes Python twenty times as much."""
+LARGE_HEADER, SPARE_PARTS = 10_000_000, 1_000_000
+"""Bytes, beyond which a header is not parsed that has more lists and values than its tensors explain, and how many more
+it may have: three bytes of JSON can be a list, which takes twenty times as much in memory."""
 FETCH_AGAIN = "fetch or save the file again: it is incomplete or damaged"
 
 
@@ -51,10 +51,8 @@ class SafetensorsFormat:
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 return _broken(file, "no safetensors file, or cut off inside its header", FETCH_AGAIN)
             text = stream.read(length)
-        if length > LARGE_HEADER and (problems := _ask_library(file)):
-            return FileHeaders({}, {}, tuple(problems))
-        if (count := text.count(b'"data_offsets"')) > MOST_TENSORS:
-            return _broken(file, f"{count} tensors in one file, more than {MOST_TENSORS}", "do not use this file")
+        if problem := _beyond_measure(text):
+            return _broken(file, problem, "do not use this file")
         try:
             entries = json.loads(text, object_pairs_hook=_refuse_duplicates)
             entries.pop("__metadata__", None)
@@ -67,6 +65,19 @@ class SafetensorsFormat:
 
 
 FORMAT = SafetensorsFormat()
+
+
+def _beyond_measure(text: bytes) -> str:
+    """Return why a header is not parsed, "" if it is."""
+    tensors = text.count(b'"data_offsets"')
+    if tensors > MOST_TENSORS:
+        return f"{tensors} tensors in one file, more than {MOST_TENSORS}"
+    if len(text) < LARGE_HEADER:
+        return ""
+    lists, values = text.count(b"[") + text.count(b"{"), text.count(b",")
+    if lists > 4 * tensors + SPARE_PARTS or values > 16 * tensors + SPARE_PARTS:
+        return f"damaged safetensors header: {len(text)} bytes for {tensors} tensors"
+    return ""
 
 
 def _entry(name: str, entry: dict, file: Path, data: int) -> tuple[TensorHeader, int, int]:
