@@ -149,7 +149,7 @@ def test_a_method_gives_the_right_result_or_one_of_our_errors(name, tally):
         backend=st.sampled_from(["serial", "threads"]),
     )
     @settings(
-        max_examples=rounds(15), deadline=None, database=None, derandomize=rounds(0) == 0,
+        max_examples=rounds(6), deadline=None, database=None, derandomize=rounds(0) == 0,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     def one(family: Family, seed: int, backend: str) -> None:
