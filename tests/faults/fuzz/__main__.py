@@ -68,7 +68,9 @@ def _fuzz(target: str, wanted: int, out: Path, seed: int) -> dict:
             "--out",
             str(state),
         ]
-        done = subprocess.run([sys.executable, "-m", "faults.fuzz", target, "--inside", *more], check=False)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "faults.fuzz", target, "--inside", *more], check=False
+        )
         if not state.exists():
             sys.exit(f"{target}: the process ended with {done.returncode}, and has run nothing")
         told = json.loads(state.read_text(encoding="utf-8"))
