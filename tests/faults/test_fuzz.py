@@ -30,7 +30,7 @@ def prepared(request):
         yield target, Path(folder)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_seeds_are_read_and_what_was_found_is_mended(prepared, tally):
     target, folder = prepared
     outcomes = []
@@ -41,7 +41,7 @@ def test_seeds_are_read_and_what_was_found_is_mended(prepared, tally):
     assert outcomes[0] == "read"
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_changed_files_are_read_or_refused(prepared, tally):
     target, folder = prepared
     for number in range(rounds(150)):
@@ -51,7 +51,7 @@ def test_changed_files_are_read_or_refused(prepared, tally):
             injection.outcome = attempt(target, folder, content, measure=number % 10 == 0)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_bytes_of_any_sort_are_read_or_refused(prepared, tally):
     target, folder = prepared
 
@@ -74,6 +74,7 @@ VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dict
 """JSON of any shape, with words that mean something to what reads it."""
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", ["index", "recipe", "adapter"])
 def test_json_of_any_shape_is_read_or_refused(name, tally):
     target = TARGETS[name]
