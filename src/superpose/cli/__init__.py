@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import signal
 from typing import Annotated
 
 import typer
 
 from superpose.allocator import keep_freed_memory
 from superpose.cli import compare, demo, evaluate, extract, inspect, merge, methods, plan, rebuild, statistics, verify
+from superpose.cli.common import INTERRUPTED, TERMINATED
 
 app = typer.Typer(
     name="superpose",
@@ -56,4 +58,9 @@ def _common(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except SystemExit as ended:
+        if ended.code in (INTERRUPTED, TERMINATED):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C once more, while the process ends: without a word
+        raise

@@ -280,7 +280,7 @@ def _interrupts_that_stay() -> Iterator[None]:
     finally:
         for timer in timers:
             timer.cancel()
-        for number in () if pressed else ours:  # once interrupted, the process ends: a second signal still ends it
+        for number in ours:
             signal.signal(number, before[number])
 
 
