@@ -43,6 +43,6 @@ def scene_of(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Callable
 
 
 def pytest_sessionfinish() -> None:
-    """Write the counts, if a file is named for them."""
-    if _TALLY.rows and (file := os.environ.get("SUPERPOSE_FAULT_TABLE")):
-        _TALLY.write(Path(file))
+    """Write the counts, if a folder is named for them."""
+    if _TALLY.rows and (folder := os.environ.get("SUPERPOSE_FAULT_TABLE")):
+        _TALLY.write(Path(folder))

@@ -53,11 +53,10 @@ class Tally:
             row = self.rows.setdefault((group, fault, where), {})
             row[injection.outcome] = row.get(injection.outcome, 0) + 1
 
-    def write(self, file: Path) -> None:
-        """Add the counts to those of a file."""
-        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    def write(self, folder: Path) -> None:
+        """Write the counts into a file of this process."""
         told = [
             {"group": group, "fault": fault, "where": where, "outcomes": outcomes}
             for (group, fault, where), outcomes in self.rows.items()
         ]
-        file.write_text(json.dumps(known + told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / f"{os.getpid()}.json").write_text(json.dumps(told), encoding="utf-8")
