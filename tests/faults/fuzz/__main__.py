@@ -14,8 +14,11 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+from faults.fuzz.scratch import SCRATCH, in_memory
 
 NAMES = ("safetensors", "index", "recipe", "adapter", "pickle")
 MOST_CRASHES = 20
@@ -68,9 +71,9 @@ def _fuzz(target: str, wanted: int, out: Path, seed: int) -> dict:
             "--out",
             str(state),
         ]
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "faults.fuzz", target, "--inside", *more], check=False
-        )
+        command = [sys.executable, "-W", "ignore", "-m", "faults.fuzz", target, "--inside", *more]
+        with tempfile.TemporaryDirectory(dir=in_memory(), prefix="superpose-fuzz-") as scratch:
+            done = subprocess.run(command, check=False, env={**os.environ, SCRATCH: scratch})
         if not state.exists():
             sys.exit(f"{target}: the process ended with {done.returncode}, and has run nothing")
         told = json.loads(state.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from faults.fuzz.scratch import SCRATCH, in_memory
 from faults.fuzz.seeds import FOUND, SEEDS, adapter_weights
 from superpose.checkpoints.files import headers_of
 from superpose.checkpoints.folder import open_checkpoint
@@ -129,9 +130,8 @@ def attempt(target: Target, folder: Path, content: bytes, *, measure: bool = Fal
 
 
 def folder_for(target: Target) -> tempfile.TemporaryDirectory:
-    """Return a prepared folder for a target, in memory where the system has such a place."""
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    folder = tempfile.TemporaryDirectory(dir=place, prefix="superpose-fuzz-")
+    """Return a prepared folder for a target."""
+    folder = tempfile.TemporaryDirectory(dir=os.environ.get(SCRATCH) or in_memory(), prefix="superpose-fuzz-")
     target.prepare(Path(folder.name))
     return folder
 
