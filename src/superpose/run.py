@@ -171,6 +171,12 @@ def _learn(plan: Plan, folder: Path, report: Report, cache: Cache | None) -> tup
 def _budget(plan: Plan) -> int:
     """Return the bytes in flight that are asked for, or fewer where there are not as many.
 
+    Args:
+        plan: of the merge.
+
+    Returns:
+        Bytes.
+
     Raises:
         SuperposeError: a tensor needs more by itself.
     """

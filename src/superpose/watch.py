@@ -74,7 +74,7 @@ class Watch:
         """Check items' inputs after they were worked on; what goes wrong with a changed file is the change.
 
         Args:
-            items: what is worked on.
+            *items: what is worked on.
 
         Yields:
             None: while it is.
