@@ -54,8 +54,8 @@ def reliability_page(told: dict) -> str:
     lost = _lost(rows)
     text = [
         HEAD,
-        f"The run of this page: `scripts/faults --rounds {run['rounds']}`, {run['minutes']} minutes on"
-        f" {run['machine']}; {versions}. **{_count(rows):,} injections, and what they lost: {lost}.**\n",
+        f"The run of this page: {run['command']}, {run['minutes']} minutes on {run['machine']}; {versions}."
+        f" **{_count(rows):,} injections, and what they lost: {lost}.**\n",
         "| group | injections | lost |\n|---|---:|---|",
     ]
     by_group = {group: [row for row in rows if row["group"] == group] for group in GROUPS}
