@@ -10,7 +10,7 @@ import typer
 
 from superpose.allocator import keep_freed_memory
 from superpose.cli import compare, demo, evaluate, extract, inspect, merge, methods, plan, rebuild, statistics, verify
-from superpose.cli.common import INTERRUPTED, TERMINATED
+from superpose.cli.common import INTERRUPTED, TERMINATED, leave_when_swallowed
 
 app = typer.Typer(
     name="superpose",
@@ -58,6 +58,7 @@ def _common(
 
 def main() -> None:
     """Run the command line."""
+    leave_when_swallowed()
     try:
         app()
     except SystemExit as ended:

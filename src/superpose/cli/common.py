@@ -265,19 +265,12 @@ def _interrupts_that_stay() -> Iterator[None]:
         timers[0].start()
         raise kind
 
-    def swallowed(unraisable: sys.UnraisableHookArgs) -> None:
-        # Raised where native code has nowhere to put it: nobody will hear of it any more.
-        if pressed and isinstance(unraisable.exc_value, KeyboardInterrupt):
-            _leave_at_once(_EXIT_CODES[pressed[0]])
-        hook_before(unraisable)
-
     # Someone else's handler, and a signal that the caller has ignored, are left alone; so are other threads.
     here = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     ours = [number for number, handler in before.items() if here and handler in _DEFAULT_HANDLERS]
     for number in ours:
         signal.signal(number, note)
-    hook_before, sys.unraisablehook = sys.unraisablehook, swallowed
     try:
         yield
     except Exception as error:  # raised again, whatever it is; after an interruption as what it was
@@ -285,11 +278,22 @@ def _interrupts_that_stay() -> Iterator[None]:
             raise pressed[0] from error
         raise
     finally:
-        sys.unraisablehook = hook_before
         for timer in timers:
             timer.cancel()
         for number in ours:
             signal.signal(number, before[number])
+
+
+def leave_when_swallowed() -> None:
+    """Let an interruption end the process that native code could raise nowhere: nobody would hear of it any more."""
+    before = sys.unraisablehook
+
+    def swallowed(unraisable: sys.UnraisableHookArgs) -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            _leave_at_once(_EXIT_CODES.get(type(unraisable.exc_value), INTERRUPTED))
+        before(unraisable)
+
+    sys.unraisablehook = swallowed
 
 
 def _leave_at_once(code: int) -> None:
