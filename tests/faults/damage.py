@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from families import base_tensors, save, tuned_tensors
+from safetensors.torch import save_file
 from torch import Tensor
 
 import superpose as library
@@ -18,6 +19,15 @@ from faults.forks import Forks
 from superpose import SuperposeError
 
 REFUSED, MERGED = "refused by name", "merged rightly"
+BASE, TUNED = "base", "tuned"
+NAME = "layers.0.mlp.up_proj.weight"
+"""A weight of `small_base`, of 24 rows and 8 columns."""
+SUFFIXES = (".safetensors", ".bin")
+"""Of the weight files that are read."""
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 4976698672\n"
+"""What git leaves in place of a file whose content was not fetched."""
+SOON = 20.0
+"""Seconds in which what is hostile is refused, on a slow machine with others at work."""
 BOUNDED = """
 import re, resource
 taken = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
@@ -35,13 +45,29 @@ def small_family(root: Path, suffix: str = ".safetensors") -> tuple[Path, Path]:
     """Write a base and one fine-tune; return the folder of the base and the fine-tune's weight file."""
     base = small_base()
     tuned = tuned_tensors(base, 1)
-    save(root / "base", base)
-    save(root / "tuned", tuned)
+    save(root / BASE, base)
+    save(root / TUNED, tuned)
     if suffix == ".safetensors":
-        return root / "base", root / "tuned" / "model.safetensors"
-    (root / "tuned" / "model.safetensors").unlink()
-    torch.save(tuned, root / "tuned" / "pytorch_model.bin")
-    return root / "base", root / "tuned" / "pytorch_model.bin"
+        return root / BASE, root / TUNED / "model.safetensors"
+    (root / TUNED / "model.safetensors").unlink()
+    torch.save(tuned, root / TUNED / "pytorch_model.bin")
+    return root / BASE, root / TUNED / "pytorch_model.bin"
+
+
+def adapter(folder: Path, **config: object) -> Path:
+    """Write an adapter of `NAME` alone, with more in its config; return its folder."""
+    folder.mkdir()
+    place = f"base_model.model.{NAME.removesuffix('.weight')}"
+    draw = torch.Generator().manual_seed(3)
+    tensors = {
+        f"{place}.lora_A.weight": torch.randn(2, 8, generator=draw),
+        f"{place}.lora_B.weight": torch.randn(24, 2, generator=draw),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base", **config})
+    )
+    return folder
 
 
 def merged_or_refused(
@@ -90,6 +116,20 @@ def refused_by_the_command_line(
     assert_says(error_in(done.text), names)
     assert sorted(root.iterdir()) == before
     return REFUSED
+
+
+def merge_refused(
+    forks: Forks,
+    root: Path,
+    base: Path,
+    model: Path,
+    *more: object,
+    names: Sequence[str] = (),
+    memory: int | None = None,
+) -> str:
+    """Merge one model into `root / "out"` by the command line, with more arguments; it has to refuse by name."""
+    arguments = ["merge", base, model, "-o", root / "out", *more]
+    return refused_by_the_command_line(forks, root, *arguments, names=names, memory=memory)
 
 
 def header_of(file: Path) -> tuple[dict, bytes]:

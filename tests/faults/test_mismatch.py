@@ -10,8 +10,7 @@ from families import generator, load, save, tuned_tensors
 from safetensors.torch import load_file, save_file
 
 import superpose as library
-from faults.damage import MERGED, REFUSED, merged_or_refused, refused_by_the_command_line, small_base
-from faults.test_broken_inputs import NAME, adapter
+from faults.damage import MERGED, NAME, REFUSED, adapter, merge_refused, merged_or_refused, small_base
 from superpose.checkpoints.models import open_model
 from superpose.reading import read_tensor
 
@@ -88,9 +87,7 @@ def test_the_command_line_refuses_it_too(tmp_path, tally, forks, fault):
     change, said = OTHERS[fault]
     base, tuned = write(tmp_path, change(tuned_tensors(small_base(), 1)))
     with tally(GROUP, fault, "command line") as injection:
-        injection.outcome = refused_by_the_command_line(
-            forks, tmp_path, "merge", base, tuned, "-o", tmp_path / "out", names=[*said, str(tuned)]
-        )
+        injection.outcome = merge_refused(forks, tmp_path, base, tuned, names=[*said, str(tuned)])
 
 
 def test_what_an_error_says_to_do_does_it(tmp_path, tally):
@@ -251,10 +248,9 @@ def test_the_command_line_refuses_an_adapter_of_another_base(tmp_path, tally, fo
     base = save(tmp_path / "base", {**small_base(), NAME: torch.ones(20, 8)})
     folder = adapter(tmp_path / "adapter")
     with tally(GROUP, "adapter of another base: another height", "command line") as injection:
-        injection.outcome = refused_by_the_command_line(
-            forks, tmp_path, "merge", base, folder, "-o", tmp_path / "out", "-m", "task_arithmetic",
-            names=[NAME, str(folder)],
-        )  # fmt: skip
+        injection.outcome = merge_refused(
+            forks, tmp_path, base, folder, "-m", "task_arithmetic", names=[NAME, str(folder)]
+        )
 
 
 def test_an_adapter_and_a_whole_fine_tune_are_merged_together(tmp_path, tally):
