@@ -414,6 +414,16 @@ def test_mistakes_in_a_recipe_are_shown_with_their_lines(tmp_path):
     assert "nearest match is 'method'" in text
 
 
+def test_an_infinite_option_of_a_recipe_is_refused_as_what_it_is(family, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    models = "".join(f"  - {folder}\n" for folder in family[1:])
+    file.write_text(f"base: {family[0]}\nmodels:\n{models}options:\n  scaling_factor: .inf\n", encoding="utf-8")
+    said = refused("plan", file)
+    assert "scaling_factor" in said
+    assert "inf" in said
+    assert "None" not in said
+
+
 def test_a_recipe_that_does_not_exist_is_named(tmp_path):
     assert "cannot be read" in refused("plan", tmp_path / "nosuch.yaml")
 
