@@ -1,6 +1,6 @@
 """The input files of a merge, watched: each has to stay what the plan saw, until the last tensor is merged.
 
-A file is told by its size, its times and a sample of its content. The times are looked at before and after every item
+A file is told by its size, its times and a sample of its content. The times are looked at after every item
 and cost a system call; the sample is taken when the plan is made, and where times alone differ.
 """
 
