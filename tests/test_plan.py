@@ -259,3 +259,11 @@ def test_notes_tell_what_options_will_do(tmp_path):
     assert any("all have to agree" in note for note in asked)
     dropped = library.plan({**recipe, "method": "breadcrumbs", "options": {"density": 1}}).notes
     assert any("remove_top" in note for note in dropped)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "metagpt", "pcb", "knots"])
+def test_a_thousand_models_of_a_few_entries_need_little_memory(tmp_path, method):
+    base, tuned = make_family(tmp_path, tasks=1)
+    models = [{"path": str(tuned), "name": f"model{number}"} for number in range(1000)]
+    plan = library.plan({"base": str(base), "models": models, "method": method})
+    assert plan.memory < 500 * 2**20

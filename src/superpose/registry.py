@@ -220,8 +220,8 @@ class Survey(Protocol):
         """
         ...
 
-    def memory(self, tasks: int, dtype: Any) -> int:
-        """Return the bytes that one tensor's value takes at most."""
+    def memory(self, tasks: int, entries: int, dtype: Any) -> int:
+        """Return the bytes that the value of one tensor of so many entries takes at most."""
         ...
 
 

@@ -125,7 +125,7 @@ def test_counts_take_the_bytes_that_are_announced(dtype):
         assert counts.nbytes == 0
         counts.count(0, np.arange(counts.bins))
         bytes_of.append(counts.nbytes)
-    assert max(bytes_of) == order_statistics.table_bytes(dtype)
+    assert max(bytes_of) == order_statistics.row_bytes(1 << 18, dtype)
 
 
 @settings(deadline=None, max_examples=40)

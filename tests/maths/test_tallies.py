@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from superpose.maths.tallies import Tally
+from superpose.maths.tallies import Tally, row_bytes
 
 BINS = 256
 pieces = st.lists(st.tuples(st.integers(0, 1), st.lists(st.integers(0, BINS - 1), max_size=30)), max_size=12)
@@ -50,3 +50,18 @@ def test_many_counts_take_a_table_and_no_more():
     for _ in range(100):
         tally.count(0, np.arange(5))
     assert tally.nbytes == 8 * BINS
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2**14 - 1), max_size=300), min_size=1, max_size=4))
+def test_rows_take_no_more_than_is_announced(digits):
+    tally = Tally(3, 2**14)
+    for row in range(3):
+        for piece in digits:
+            tally.count(row, np.array(piece, np.int32))
+    assert tally.nbytes <= 3 * row_bytes(sum(map(len, digits)), 2**14)
+
+
+def test_rows_of_few_entries_are_announced_as_few_bytes():
+    assert row_bytes(10, 2**18) == 320
+    assert row_bytes(2**13, 2**18) == row_bytes(10**9, 2**18) == 2**21

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from superpose.maths import tallies
 from superpose.maths.tallies import Tally
 
 # Widths of the digits, leading first; the table of the widest fits a core's own cache.
@@ -45,9 +46,9 @@ def passes(dtype: torch.dtype) -> int:
     return len(_DIGITS[dtype])
 
 
-def table_bytes(dtype: torch.dtype) -> int:
-    """Return the bytes of the counts of one place."""
-    return 8 * max(1 << width for width in _DIGITS[dtype])
+def row_bytes(entries: int, dtype: torch.dtype) -> int:
+    """Return the most bytes that the counts of one place take, of so many values."""
+    return max(tallies.row_bytes(entries, 1 << width) for width in _DIGITS[dtype])
 
 
 def no_counts(places: int, step: int, dtype: torch.dtype) -> Tally:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from superpose.kinds import Kind
+from superpose.maths import tallies
 from superpose.maths.low_rank import LowRank
 from superpose.maths.randomness import Generator
 from superpose.maths.samples import LARGEST_SAMPLE, Sample, take_sample
@@ -180,10 +181,11 @@ class MagnitudeSurvey:
     task over all tensors, "tensor" one per task and tensor.
     """
 
-    def memory(self, tasks: int, dtype: torch.dtype) -> int:
+    def memory(self, tasks: int, entries: int, dtype: torch.dtype) -> int:
         """Return the bytes that one tensor's value takes at most."""
         # A sample is put together from its pieces, and each row once more in order.
-        return tasks * (8 * _BINS[dtype] + dtype.itemsize * max(3 * LARGEST_SAMPLE, _PIECE))
+        sample = dtype.itemsize * max(3 * min(entries, LARGEST_SAMPLE), min(entries, _PIECE))
+        return tasks * (tallies.row_bytes(entries, _BINS[dtype]) + sample)
 
     def passes(self, options, dtype: torch.dtype) -> int:
         """Return the most passes over the model: none for scope "tensor" or when nothing is cut."""

@@ -12,6 +12,19 @@ FEW = 32
 """A table is made from a digit a row for every so many bins."""
 
 
+def row_bytes(entries: int, bins: int) -> int:
+    """Return the most bytes that a row of a tally takes.
+
+    Args:
+        entries: digits that are counted in it.
+        bins: values that a digit can have.
+
+    Returns:
+        Bytes, while digits are counted: in a list they are there once more.
+    """
+    return 8 * bins if entries >= bins // FEW else 32 * entries
+
+
 class Tally:
     """Counts of the values of a digit, in several rows.
 

@@ -16,9 +16,9 @@ class TrimSurvey:
     def __init__(self) -> None:
         self.magnitudes = MagnitudeSurvey()
 
-    def memory(self, tasks: int, dtype: torch.dtype) -> int:
+    def memory(self, tasks: int, entries: int, dtype: torch.dtype) -> int:
         """Return the bytes that one tensor's counts take at most."""
-        return self.magnitudes.memory(tasks, dtype)
+        return self.magnitudes.memory(tasks, entries, dtype)
 
     def passes(self, options: Any, dtype: torch.dtype) -> int:
         """Return the passes for the thresholds."""

@@ -56,9 +56,9 @@ class DareTiesSurvey:
     def __init__(self) -> None:
         self.ties = TiesSurvey()
 
-    def memory(self, tasks: int, dtype: torch.dtype) -> int:
+    def memory(self, tasks: int, entries: int, dtype: torch.dtype) -> int:
         """Return the bytes that one tensor's counts take at most."""
-        return self.ties.memory(tasks, dtype)
+        return self.ties.memory(tasks, entries, dtype)
 
     def passes(self, options: DareTiesOptions, dtype: torch.dtype) -> int:
         """Return the passes for TIES' thresholds."""

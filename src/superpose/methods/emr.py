@@ -49,9 +49,9 @@ class Scales:
 class EmrSurvey:
     """Two sums per task over the whole model: of its magnitudes, and of the unified vector's under its mask."""
 
-    def memory(self, tasks: int, dtype: torch.dtype) -> int:
+    def memory(self, tasks: int, entries: int, dtype: torch.dtype) -> int:
         """Return the bytes of the sums."""
-        del dtype
+        del entries, dtype
         return 16 * tasks
 
     def passes(self, options: EmrOptions, dtype: torch.dtype) -> int:

@@ -53,9 +53,9 @@ class Norms:
 class NormSurvey:
     """One pass over the statistics: squared norms over the whole model."""
 
-    def memory(self, tasks: int, dtype: torch.dtype) -> int:
+    def memory(self, tasks: int, entries: int, dtype: torch.dtype) -> int:
         """Return the bytes of the sums."""
-        del dtype
+        del entries, dtype
         return 8 * tasks
 
     def passes(self, options: FisherOptions, dtype: torch.dtype) -> int:

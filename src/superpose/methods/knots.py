@@ -90,9 +90,9 @@ class KnotsSurvey:
     def __init__(self) -> None:
         self.merger = DareTiesSurvey()
 
-    def memory(self, tasks: int, dtype: torch.dtype) -> int:
+    def memory(self, tasks: int, entries: int, dtype: torch.dtype) -> int:
         """Return the bytes that one tensor's counts take at most."""
-        return self.merger.memory(tasks, dtype)
+        return self.merger.memory(tasks, entries, dtype)
 
     def passes(self, options: KnotsOptions, dtype: torch.dtype) -> int:
         """Return the passes for the thresholds."""

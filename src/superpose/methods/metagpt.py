@@ -80,9 +80,9 @@ class MetaGptSurvey:
     def __init__(self) -> None:
         self.magnitudes = MagnitudeSurvey()
 
-    def memory(self, tasks: int, dtype: torch.dtype) -> int:
+    def memory(self, tasks: int, entries: int, dtype: torch.dtype) -> int:
         """Return the bytes that one tensor's counts take at most."""
-        return self.magnitudes.memory(tasks, dtype)
+        return self.magnitudes.memory(tasks, entries, dtype)
 
     def passes(self, options: MetaGptOptions, dtype: torch.dtype) -> int:
         """Return the passes for the thresholds and one for the norms."""

@@ -111,10 +111,10 @@ def pcb_cost(shape: Sequence[int], tasks: int, options: PcbOptions) -> Cost:
 class PcbSurvey:
     """Two places of every task's magnitudes (the quantiles), then two of its betas (threshold and largest)."""
 
-    def memory(self, tasks: int, dtype: torch.dtype) -> int:
+    def memory(self, tasks: int, entries: int, dtype: torch.dtype) -> int:
         """Return the bytes that one tensor's counts take at most."""
         del dtype
-        return 2 * tasks * order_statistics.table_bytes(torch.float64)
+        return 2 * tasks * order_statistics.row_bytes(entries, torch.float64)
 
     def passes(self, options: PcbOptions, dtype: torch.dtype) -> int:
         """Return the passes for the quantiles and for the betas, which are float64."""

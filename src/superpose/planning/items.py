@@ -267,7 +267,7 @@ def with_cost(item: WorkItem, settings: Settings) -> WorkItem:
         return _cost_in_factors(item, measures=settings.measure and item.kind in MATRIX_KINDS)
     method = find_method(item.method)
     measures = settings.measure and item.kind in MATRIX_KINDS
-    counts = method.survey.memory(tasks, item.compute) if method.survey else 0
+    counts = method.survey.memory(tasks, item.numel, item.compute) if method.survey else 0
     if item.streams and not measures:
         # Stacked task vectors, as much again for trimming, a few temporaries; surveys take larger pieces.
         piece = min(item.numel, SURVEY_CHUNK if method.survey else CHUNK)
@@ -304,7 +304,7 @@ def _cost_in_factors(item: WorkItem, *, measures: bool) -> WorkItem:
     memory = 8 * (6 * rank * (out + in_) + 8 * rank**2)
     survey = find_method(item.method).survey
     if survey is not None:  # aligned entries of every task, in the basis that all share
-        memory += survey.memory(len(ranks), item.compute) + 8 * len(ranks) * rank * in_
+        memory += survey.memory(len(ranks), rank * in_, item.compute) + 8 * len(ranks) * rank * in_
     if item.names or measures:  # the update written out, and the base
         memory += 3 * item.compute.itemsize * item.numel
     return replace(item, memory=memory, flops=4.0 * rank**2 * (out + in_) + 40.0 * rank**3)
