@@ -1,0 +1,51 @@
+"""One row of a table per model: what was measured, and the average that the papers print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import superpose
+
+Score = Callable[[str, str], Mapping[str, float]]
+"""Model and column -> numbers by name, as the table has them."""
+
+
+def measure(models: Sequence[str], columns: Sequence[str], score: Score, results: Path) -> list[dict[str, float]]:
+    """Measure models column by column, print a row for each, and keep what was found after every column.
+
+    Args:
+        models: folders, or MODEL+ADAPTER.
+        columns: the tasks.
+        score: what measures one model on one task.
+        results: JSON Lines file that a line is added to for each model and task.
+
+    Returns:
+        For each model its numbers.
+    """
+    results.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for model in models:
+        row: dict[str, float] = {}
+        for column in columns:
+            try:
+                found = score(model, column)
+            except superpose.SuperposeError as error:
+                sys.exit(f"{column}: {error}")
+            row |= found
+            with results.open("a") as stream:
+                stream.write(json.dumps({"model": model, "task": column, **found}) + "\n")
+        rows.append(row)
+        average = sum(row.values()) / len(row)
+        if not rows[1:]:
+            print(f"| model | {' | '.join(row)} | average |")
+        print(f"| {model} | {' | '.join(f'{value:.1f}' for value in row.values())} | {average:.1f} |", flush=True)
+    return rows
+
+
+def evaluated(model: str, evaluator: str, **settings: Any) -> dict[str, float]:
+    """Return what an evaluator of superpose measures, its numbers by name."""
+    return dict(superpose.evaluate(model, evaluator, **settings).metrics)
