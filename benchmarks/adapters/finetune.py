@@ -20,7 +20,7 @@ IGNORED = -100
 """Label of a token that is not learnt."""
 
 
-def adapter(base: Path, task: Prompts, cache: Path, pad: int) -> Path:
+def adapter(base: Path, task: Prompts, cache: Path, pad: int, seed: int = 0) -> Path:
     """Return the folder of a task's adapter, trained if it is not there.
 
     Args:
@@ -28,18 +28,19 @@ def adapter(base: Path, task: Prompts, cache: Path, pad: int) -> Path:
         task: what to learn.
         cache: folder that keeps adapters.
         pad: token that fills batches up.
+        seed: of the factors to begin with, and the order of the examples.
 
     Returns:
         A PEFT folder.
     """
-    target = cache / f"lora-{task.name}-{len(task.train)}-r{RANK}-a{ALPHA}"
+    target = cache / f"lora-{task.name}-{len(task.train)}-r{RANK}-a{ALPHA}{f'-seed{seed}' if seed else ''}"
     if target.is_dir():
         return target
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     started = time.perf_counter()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)

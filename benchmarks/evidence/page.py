@@ -1,0 +1,226 @@
+"""docs/evidence.md out of the results in docs/evidence: tables, figures, and the summary that was written by hand.
+
+    python benchmarks/evidence/page.py [--check]
+
+Numbers come from the results alone; what they mean is in docs/evidence/summary.md, whose {names} are numbers too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bootstrap import DRAWS, Difference, difference
+from suite import Answers
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+RESULTS = DOCS / "evidence"
+REFERENCE = "stf"
+"""The method that every other is compared with."""
+ABOUT = {
+    "text": (
+        "Text, full fine-tuning",
+        "MiniLM (6 layers, 22.7M weights), all weights fine-tuned with a linear head on eight classification tasks;"
+        " the encoders are merged, each task keeps its head.",
+    ),
+    "vision": (
+        "Vision, full fine-tuning, with convolutions",
+        "EfficientNet-lite0 (3.4M weights, 49 BatchNorms) at 64 x 64 pixels, fine-tuned on six image tasks; the bodies"
+        " are merged, each task keeps its head. BatchNorm's statistics are taken anew for every model and task from 512"
+        " unlabelled training images.",
+    ),
+    "lora": (
+        "LoRA",
+        "SmolLM2-135M-Instruct, adapters of rank 8 on the attention's maps, three classification tasks as prompts; a"
+        " class is chosen by the likelihood of its name's first token.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a table: one model, or merges by one method, over all seeds.
+
+    Args:
+        name: of the row.
+        rows: one for each seed.
+    """
+
+    name: str
+    rows: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def by_seed(self) -> list[dict[str, float]]:
+        """Accuracy by task, for each seed."""
+        return [{task: Answers.unpacked(text).accuracy for task, text in row["answers"].items()} for row in self.rows]
+
+    @property
+    def answers(self) -> list[Mapping[str, str]]:
+        """Packed answers by task, for each seed."""
+        return [row["answers"] for row in self.rows]
+
+    def task(self, name: str) -> float:
+        """Return the mean accuracy of a task over the seeds."""
+        return statistics.mean(found[name] for found in self.by_seed)
+
+    @cached_property
+    def means(self) -> list[float]:
+        """Mean over tasks, for each seed."""
+        return [statistics.mean(found.values()) for found in self.by_seed]
+
+    @property
+    def mean(self) -> float:
+        """Mean over tasks and seeds."""
+        return statistics.mean(self.means)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the mean over the seeds; NaN for one seed."""
+        return statistics.stdev(self.means) if len(self.means) > 1 else math.nan
+
+    @property
+    def settings(self) -> list[str]:
+        """The settings, without the method's name, each once."""
+        said = [row["name"].partition(" (")[2].removesuffix(")") or "as it is" for row in self.rows]
+        return list(dict.fromkeys(said))
+
+    @property
+    def seconds(self) -> float:
+        """Median time of a merge."""
+        return statistics.median(row["merge_seconds"] for row in self.rows)
+
+
+class Results:
+    """Results of one benchmark.
+
+    Args:
+        content: as `run.py` writes it.
+    """
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self.content = content
+        self.tasks: list[str] = list(content["tasks"])
+        originals: dict[str, list[Mapping[str, Any]]] = {}
+        for row in content["originals"]:
+            originals.setdefault(row["name"], []).append(row)
+        self.originals = {name: Entry(name, rows) for name, rows in originals.items()}
+        self.defaults = {one["name"]: Entry(one["name"], one["default"]) for one in content["methods"]}
+        self.chosen = {one["name"]: Entry(one["name"], one["chosen"] or one["default"]) for one in content["methods"]}
+
+    def normalised(self, entry: Entry) -> float:
+        """Return the mean over tasks and seeds of accuracy divided by the fine-tuned model's own."""
+        alone = self.originals["fine-tuned"].by_seed
+        shares = [found[task] / best[task] for found, best in zip(entry.by_seed, alone, strict=True) for task in found]
+        return statistics.mean(shares)
+
+    def against(self, entries: Mapping[str, Entry]) -> dict[str, Difference]:
+        """Return how much better the reference is than each of the others."""
+        return {
+            name: difference(entries[REFERENCE].answers, entry.answers)
+            for name, entry in entries.items()
+            if name != REFERENCE
+        }
+
+
+def tables(found: Results) -> Iterator[str]:
+    """Yield the lines of a benchmark's section."""
+    content = found.content
+    title, about = ABOUT[content["benchmark"]]
+    yield f"## {title}\n"
+    yield f"{about}\n"
+    yield f"Regenerated by `{content['command']}`; {len(content['seeds'])} seeds of fine-tuning; {content['mark']}.\n"
+    versions = {(row["made_by"]["code"], row["made_by"]["torch"], row["made_by"]["transformers"])
+                for entry in found.chosen.values() for row in entry.rows}  # fmt: skip
+    said = "; ".join(
+        f"superpose code {code}, torch {torch}, transformers {other}" for code, torch, other in sorted(versions)
+    )
+    yield f"{content['machine']}. Rows were made by: {said}.\n"
+    yield "### Hyperparameters chosen on validation data\n"
+    yield (
+        f"Each method's best of {content['grid_size']} settings (`benchmarks/evidence/grid.py`), chosen for each seed"
+        " on the validation part; numbers are of the test part. ± is the standard deviation of the mean over seeds. The"
+        f" last columns: STF's mean less the row's, with a 95% interval from a paired bootstrap over test examples"
+        f" ({DRAWS:,} draws).\n"
+    )
+    yield from _table(found, found.chosen, with_originals=True)
+    yield "### Published defaults\n"
+    yield from _table(found, found.defaults, with_originals=False)
+
+
+def _table(found: Results, entries: Mapping[str, Entry], *, with_originals: bool) -> Iterator[str]:
+    against = found.against(entries) if REFERENCE in entries else {}
+    head = ["method", *found.tasks, "mean", "±", "normalised", "STF less it", "95%", "settings", "s"]
+    yield f"| {' | '.join(head)} |"
+    yield f"|---|{'---:|' * (len(found.tasks) + 5)}---|---:|"
+    if with_originals:
+        for entry in found.originals.values():
+            yield _line(found, entry, None, ["", ""])
+    for name, entry in sorted(entries.items(), key=lambda pair: -pair[1].mean):
+        yield _line(found, entry, against.get(name), ["; ".join(entry.settings), f"{entry.seconds:.1f}"])
+    yield ""
+
+
+def _line(found: Results, entry: Entry, other: Difference | None, rest: Sequence[str]) -> str:
+    compared = ["", ""] if other is None else [f"{other.value:+.3f}", f"{other.low:+.3f} to {other.high:+.3f}"]
+    spread = "" if math.isnan(entry.spread) else f"{entry.spread:.3f}"
+    cells = [
+        f"**{entry.name}**" if entry.name == REFERENCE else entry.name,
+        *(f"{entry.task(task):.3f}" for task in found.tasks),
+        f"{entry.mean:.3f}", spread, f"{found.normalised(entry):.3f}", *compared, *rest,
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def numbers(results: Mapping[str, Results]) -> dict[str, str]:
+    """Return the numbers that the summary can name: `text_stf`, `text_stf_default`, `text_fine_tuned`, ..."""
+    found = {}
+    for benchmark, one in results.items():
+        for entry in one.originals.values():
+            found[f"{benchmark}_{entry.name.replace('-', '_')}"] = f"{entry.mean:.3f}"
+        for name, entry in one.chosen.items():
+            found[f"{benchmark}_{name.replace(' ', '_')}"] = f"{entry.mean:.3f}"
+        for name, entry in one.defaults.items():
+            found[f"{benchmark}_{name.replace(' ', '_')}_default"] = f"{entry.mean:.3f}"
+    return found
+
+
+def page() -> str:
+    """Return the page."""
+    results = {}
+    for name in ABOUT:
+        if (file := RESULTS / f"{name}.json").exists():
+            results[name] = Results(json.loads(file.read_text(encoding="utf-8")))
+    summary = (RESULTS / "summary.md").read_text(encoding="utf-8").format_map(numbers(results))
+    lines = [
+        "# Evidence\n",
+        "Made by `python benchmarks/evidence/page.py` from the results in `docs/evidence`; the summary is by hand, its"
+        " numbers are from them.\n",
+        summary,
+    ]
+    for found in results.values():
+        lines += tables(found)
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def main() -> None:
+    """Write the page, or check that it is as the results have it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is another")
+    file = DOCS / "evidence.md"
+    if parser.parse_args().check:
+        if file.read_text(encoding="utf-8") != page():
+            sys.exit(f"{file} is not what the results make: run python benchmarks/evidence/page.py")
+    else:
+        file.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

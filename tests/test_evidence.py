@@ -1,0 +1,160 @@
+"""What the evidence page stands on: answers that are kept, intervals, grids, the page itself."""
+
+import json
+import math
+
+import bootstrap
+import grid
+import numpy as np
+import page
+import pytest
+import torch
+from efficientnet import Body
+from families import make_family
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import Evaluated
+from suite import Answers
+
+import superpose
+
+answers = st.lists(st.booleans(), min_size=1, max_size=70)
+
+
+@given(answers)
+def test_answers_come_back_as_they_were_packed(right):
+    found = Answers.unpacked(Answers(right).packed())
+    assert list(found.right) == right
+    assert found.accuracy == sum(right) / len(right)
+
+
+def test_answers_that_lack_some_are_refused():
+    count, digits = Answers([True] * 9).packed().split(":")
+    with pytest.raises(ValueError, match="9 answers, where 10"):
+        Answers.unpacked(f"{int(count) + 1}:{digits}")
+
+
+def packed(right):
+    return {task: Answers(list(row)).packed() for task, row in enumerate(right)}
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**32 - 1))
+def test_the_interval_is_that_of_drawing_examples_one_by_one(seed):
+    generator = np.random.default_rng(seed)
+    first = generator.random((2, 3, 60)) < 0.7  # seeds, tasks, examples
+    second = generator.random((2, 3, 60)) < 0.6
+    found = bootstrap.difference([packed(one) for one in first], [packed(one) for one in second], draws=4000)
+    drawn = generator.integers(0, 60, (4000, 3, 60))
+    better = (first.astype(float) - second).mean(axis=0)
+    means = np.mean([better[task][drawn[:, task]].mean(axis=1) for task in range(3)], axis=0)
+    assert found.value == pytest.approx(first.mean() - second.mean())
+    error = 4 * means.std() / math.sqrt(4000) * 3  # a quantile in the tail is known three times worse than a mean
+    assert found.low == pytest.approx(np.quantile(means, 0.025), abs=error)
+    assert found.high == pytest.approx(np.quantile(means, 0.975), abs=error)
+
+
+def test_a_merge_compared_with_itself_differs_by_nothing():
+    one = [packed(np.random.default_rng(0).random((3, 40)) < 0.5)]
+    found = bootstrap.difference(one, one, draws=100)
+    assert (found.value, found.low, found.high, found.above) == (0, 0, 0, 0.5)
+    assert not found.is_clear
+
+
+def test_merges_of_other_tasks_are_not_compared():
+    with pytest.raises(ValueError, match="differ"):
+        bootstrap.difference([{"a": "1:3"}], [{"b": "1:3"}])
+
+
+def test_every_method_is_in_the_table_or_left_out_with_a_reason():
+    known = {method.name for method in superpose.list_methods()}
+    found = {one.default.method for one in grid.variants(8, sorted(known), data=True)}
+    assert found | set(grid.LEFT_OUT) == known
+
+
+@pytest.mark.parametrize("tasks", [3, 8])
+def test_every_setting_is_one_that_its_method_takes(tmp_path, tasks):
+    folders = make_family(tmp_path, tasks=tasks)
+    models = [str(folder) for folder in folders[1:]]
+    known = [method.name for method in superpose.list_methods()]
+    for variant in grid.variants(tasks, known, data=False):
+        for setting in (variant.default, *variant.grid):
+            recipe = {"base": str(folders[0]), "models": models, "method": setting.method}
+            superpose.plan({**recipe, "options": dict(setting.options)})
+        assert len({setting.text for setting in variant.grid}) == len(variant.grid)
+
+
+class FamilyAsSuite:
+    """A family of small models whose merges are "right" where entries of the first tensor are positive."""
+
+    name, tasks, mark, rules = "small", ("first", "second"), "four weights", ()
+
+    def __init__(self, root):
+        self.base, *self.models = make_family(root, tasks=2)
+        self.scored = []
+
+    def tuned(self, seed):
+        return self.models
+
+    def data(self, setting, task, seed):
+        return {}
+
+    def answers(self, model, tasks, seed, part):
+        from safetensors.torch import load_file
+
+        self.scored.append((model, tuple(tasks)))
+        tensors = load_file(next(model.glob("*.safetensors")))
+        first = tensors[min(tensors)].flatten().float()
+        return {task: Answers((first[:50] > 0.01 * len(task)).tolist()) for task in tasks}
+
+
+def test_a_row_is_made_once_and_kept(tmp_path):
+    suite = FamilyAsSuite(tmp_path / "models")
+    setting = grid.Setting("task_arithmetic", {"scaling_factor": 0.5})
+    made = Evaluated(suite, tmp_path / "rows").row(setting, 0, "test")
+    assert list(made.answers) == ["first", "second"]
+    assert len(suite.scored) == 1
+    assert Evaluated(suite, tmp_path / "rows").row(setting, 0, "test") == made
+    assert len(suite.scored) == 1
+    other = Evaluated(suite, tmp_path / "rows").row(setting, 0, "validation")
+    assert other.part == "validation"
+    assert Evaluated(suite, tmp_path / "rows").row(setting, 1, "test").seed == 1
+    assert Evaluated(suite, tmp_path / "rows").row("fine-tuned", 0, "test").accuracy.keys() == {"first", "second"}
+    assert {model for model, _ in suite.scored[-2:]} == set(suite.models)
+
+
+def row(name, right, seed=0):
+    return {
+        "name": name, "seed": seed, "answers": {"a": Answers(right).packed(), "b": Answers(right[::-1]).packed()},
+        "merge_seconds": 1.5, "made_by": {"code": "c0de", "torch": "2", "transformers": "5"},
+    }  # fmt: skip
+
+
+def test_the_page_has_the_numbers_of_the_results(tmp_path, monkeypatch):
+    good, fair, bad = [True] * 9 + [False], [True] * 8 + [False] * 2, [True] * 3 + [False] * 7
+    content = {
+        "benchmark": "text", "machine": "a machine", "command": "a command", "mark": "a mark", "seeds": [0],
+        "tasks": ["a", "b"], "grid_size": 8, "originals": [row("pretrained", bad), row("fine-tuned", good)],
+        "methods": [
+            {"name": "stf", "default": [row("stf", bad)], "chosen": [row("stf (density 1)", fair)], "validation": {}},
+            {"name": "average", "default": [row("average", bad)], "chosen": [], "validation": {}},
+        ],
+    }  # fmt: skip
+    (tmp_path / "evidence").mkdir()
+    (tmp_path / "evidence" / "text.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "evidence" / "summary.md").write_text("STF {text_stf}, {text_fine_tuned} alone.\n", encoding="utf-8")
+    monkeypatch.setattr(page, "RESULTS", tmp_path / "evidence")
+    text = page.page()
+    assert "STF 0.800, 0.900 alone." in text
+    assert "| **stf** | 0.800 | 0.800 | 0.800 |  | 0.889 |" in text
+    assert "| average | 0.300 | 0.300 | 0.300 |  | 0.333 | +0.500 | +0." in text
+    assert text.index("| **stf** | 0.800") < text.index("| average | 0.300")
+
+
+def test_the_network_has_the_published_layout():
+    body = Body().eval()
+    names = set(body.state_dict())
+    assert "_blocks.15._project_conv.weight" in names
+    assert len([name for name in names if name.endswith("running_mean")]) == 49
+    with torch.inference_mode():
+        assert body(torch.zeros(2, 3, 64, 64)).shape == (2, 1280)
