@@ -10,11 +10,14 @@ from typing import Any
 
 import superpose
 
+DIGITS = 2
 Score = Callable[[str, str], Mapping[str, float]]
 """Model and column -> numbers by name, as the table has them."""
 
 
-def measure(models: Sequence[str], columns: Sequence[str], score: Score, results: Path) -> list[dict[str, float]]:
+def measure(
+    models: Sequence[str], columns: Sequence[str], score: Score, results: Path, *, average: bool = True
+) -> list[dict[str, float]]:
     """Measure models column by column, print a row for each, and keep what was found after every column.
 
     Args:
@@ -22,6 +25,7 @@ def measure(models: Sequence[str], columns: Sequence[str], score: Score, results
         columns: the tasks.
         score: what measures one model on one task.
         results: JSON Lines file that a line is added to for each model and task.
+        average: whether the row ends with the mean of its numbers.
 
     Returns:
         For each model its numbers.
@@ -39,10 +43,10 @@ def measure(models: Sequence[str], columns: Sequence[str], score: Score, results
             with results.open("a") as stream:
                 stream.write(json.dumps({"model": model, "task": column, **found}) + "\n")
         rows.append(row)
-        average = sum(row.values()) / len(row)
+        shown = {**row, "average": sum(row.values()) / len(row)} if average else row
         if not rows[1:]:
-            print(f"| model | {' | '.join(row)} | average |")
-        print(f"| {model} | {' | '.join(f'{value:.1f}' for value in row.values())} | {average:.1f} |", flush=True)
+            print(f"| model | {' | '.join(shown)} |")
+        print(f"| {model} | {' | '.join(f'{value:.{DIGITS}f}' for value in shown.values())} |", flush=True)
     return rows
 
 

@@ -57,6 +57,45 @@ def clip_family(root, size):
         write_model(root / folder, shapes, config)
 
 
+def gpt2_family(root):
+    """GPT-2 Medium, its tensors named as in the hub's file with the masks there, and adapters in loralib's form."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=1024, n_layer=24, n_head=16, architectures=["GPT2LMHeadModel"])
+    names = shapes_of(GPT2LMHeadModel, config).items()
+    shapes = {name.removeprefix("transformer."): shape for name, shape in names}
+    masks = {f"h.{layer}.attn.bias": (1, 1, 1024, 1024) for layer in range(24)}
+    write_model(root / "base", {**shapes, **masks}, config)
+    for task in ("e2e", "dart", "webnlg"):
+        write_released(root / task, f"gpt2_md_lora_{task}.pt", layers=24, width=1024)
+
+
+def write_released(folder, file, *, layers, width):
+    """Write an adapter as microsoft/LoRA released some: factors of query and value, and nothing that says so."""
+    from recipes.gpt2_medium_lora.fetch import write_config
+
+    folder.mkdir(parents=True)
+    tensors = {}
+    for layer in range(layers):
+        at = f"transformer.h.{layer}.attn.c_attn"
+        tensors |= {f"{at}.lora_A": torch.randn(8, width), f"{at}.lora_B": torch.randn(2 * width, 4)}
+    torch.save({"model_state_dict": tensors}, folder / file)
+    write_config(folder)
+
+
+def llama_family(root):
+    """Llama-2-7B in half precision and its fine-tunes, one in single; some files have the rotary buffer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(max_position_embeddings=4096, dtype="float16", architectures=["LlamaForCausalLM"])
+    shapes = shapes_of(LlamaForCausalLM, config)
+    rotary = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": (64,) for layer in range(32)}
+    write_model(root / "base", {**shapes, **rotary}, config, dtype="F16", shards=2)
+    write_model(root / "chinese", shapes, config, dtype="F32", shards=3)
+    write_model(root / "math", {**shapes, **rotary}, config, dtype="F16", shards=3)
+    write_model(root / "code", shapes, config, dtype="F16", shards=2)
+
+
 FAMILIES = {
     "t5_base/stf": (
         t5_family,
@@ -76,11 +115,25 @@ FAMILIES = {
         {"merge": 391},
         {"density": 0.2, "scaling_factor": 0.7},
     ),
+    "gpt2_medium_lora/stf": (
+        gpt2_family,
+        {"linear": 96, "bias": 96, "norm": 98, "embedding": 2, "buffer": 24},
+        {"merge": 24, "copy": 292},
+        {"density": 0.3, "scaling_factor": 0.5},
+    ),
+    "llama2_7b/stf": (
+        llama_family,
+        {"linear": 224, "norm": 65, "embedding": 1, "head": 1, "buffer": 32},
+        {"merge": 291, "copy": 32},
+        {"density": 1, "scaling_factor": 0.8},
+    ),
 }
 BASELINES = {
     "t5_base/stf": ["average", "task_arithmetic", "ties", "pcb", "metagpt", "consensus", "localize_and_stitch"],
     "clip_vit/stf_b32": ["average", "task_arithmetic", "ties", "pcb"],
     "clip_vit/stf_l14": ["average", "task_arithmetic", "ties", "pcb"],
+    "gpt2_medium_lora/stf": ["average", "task_arithmetic", "ties", "pcb", "knots", "metagpt"],
+    "llama2_7b/stf": ["average", "task_arithmetic", "ties", "pcb", "metagpt"],
 }
 
 
@@ -337,3 +390,190 @@ def test_a_task_is_trained_on_and_evaluated(quartz, monkeypatch, capsys):
     assert all(0 <= row["quartz"] <= 100 for row in rows)
     assert "| models/t5_base/quartz |" in capsys.readouterr().out
     assert len(Path("results/t5_base.jsonl").read_text().splitlines()) == 2
+
+
+# GPT-2: prompts with a separator, texts against references
+
+SPICE = "name : Blue Spice | food : red||"
+E2E = f"{SPICE}Blue Spice is red .\n{SPICE}It is red .\nname : Cotto||New .\n"
+DART = [{"tripleset": [["red", "IS", "cold"], ["old", "IS", "new"]], "annotations": [{"text": "a"}, {"text": "b"}]},
+        {"tripleset": [["blue", "IS", "warm"]], "annotations": [{"text": "blue is warm"}]}]  # fmt: skip
+TRIPLE = {"subject": "red", "property": "isA", "object": "blue"}
+WEBNLG = {"entries": [
+    {"1": {"category": "Food", "modifiedtripleset": [TRIPLE, TRIPLE], "lexicalisations": [
+        {"comment": "good", "lex": "red is blue"}, {"comment": "bad", "lex": "no"}]}},
+    {"2": {"category": "City", "modifiedtripleset": [TRIPLE], "lexicalisations": [{"comment": "good", "lex": "so"}]}},
+]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A tiny GPT-2, three adapters in the released form, their merge by the recipe, and the three test sets."""
+    from evaluators.tiny_models import byte_tokenizer
+    from recipes.gpt2_medium_lora.data import FILES, write_rows
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    root = tmp_path_factory.mktemp("gpt2")
+    models, data = root / "models/gpt2_medium_lora", root / "data"
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=259, n_embd=24, n_layer=2, n_head=4, n_positions=160, bos_token_id=258, eos_token_id=258,
+        initializer_range=0.3,
+    )  # fmt: skip
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    GPT2LMHeadModel(config).save_pretrained(models / "base")
+    tokenizer.save_pretrained(models / "base")
+    data.mkdir()
+    raw = {"e2e": E2E, "dart": json.dumps(DART), "webnlg": json.dumps(WEBNLG)}
+    for name, file in FILES.items():
+        write_released(models / name, f"gpt2_md_lora_{name}.pt", layers=2, width=24)
+        (root / Path(file).name).write_text(raw[name])
+        write_rows(name, root / Path(file).name, data / f"{name}.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        arguments = ["merge", str(RECIPES / "gpt2_medium_lora/stf.yaml"), "-o", "merged"]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+    return root
+
+
+def test_test_sets_become_prompts_with_their_references(written):
+    rows = {
+        name: [tuple(json.loads(line).values()) for line in (written / f"data/{name}.jsonl").read_text().splitlines()]
+        for name in ("e2e", "dart", "webnlg")
+    }
+    assert rows["e2e"][:2] == [
+        ("name : Blue Spice | food : red<|endoftext|>", "Blue Spice is red ."),
+        ("name : Blue Spice | food : red<|endoftext|>", "It is red ."),
+    ]
+    assert rows["dart"][1] == ("red : is : cold | old : is : new<|endoftext|>", "b")
+    assert rows["webnlg"] == [
+        ("red : isA : blue | red : isA : blue<|endoftext|>", "red is blue"),
+        ("red : isA : blue<|endoftext|>", "so"),
+    ]
+
+
+def test_the_separator_stays_on_the_prompt(written):
+    from recipes.gpt2_medium_lora.evaluate import DECODING, LOADER
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    import superpose
+
+    model = str(written / "merged")
+    data = {"data": written / "data/webnlg.jsonl", "target": "target", "loader": LOADER}
+    found = superpose.evaluate(model, "generate", data=data, metrics="bleu", **DECODING)
+    tokenizer, live = AutoTokenizer.from_pretrained(model), GPT2LMHeadModel.from_pretrained(model).eval()
+    for sample in found.facts["samples"]:
+        ids = tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
+        assert ids[0, -1] == 258
+        written_by = live.generate(
+            ids, attention_mask=torch.ones_like(ids), num_beams=10, length_penalty=0.8, no_repeat_ngram_size=4,
+            max_new_tokens=64, do_sample=False, pad_token_id=258,
+        )  # fmt: skip
+        text = tokenizer.decode(written_by[0, ids.shape[1] :], skip_special_tokens=True)
+        assert sample["text"] == text.partition("\n\n")[0].strip()
+
+
+def test_texts_are_measured_on_the_three_test_sets(written, monkeypatch, capsys):
+    from recipes.gpt2_medium_lora import evaluate
+
+    monkeypatch.chdir(written)
+    [row] = evaluate.main(["merged", "--data", "data", "--without", "meteor", "--device", "cpu"])
+    assert list(row) == [
+        "e2e bleu", "e2e nist", "e2e rouge_l", "e2e cider", "dart bleu", "dart ter", "webnlg bleu", "webnlg ter",
+    ]  # fmt: skip
+    assert "| merged |" in capsys.readouterr().out
+
+
+# Llama: the harness's tasks in its own words, their data a file
+
+CODE = """
+task: humaneval
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/humaneval.jsonl}}
+unsafe_code: true
+test_split: test
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{test}}"
+metric_list: [{metric: !function scoring.pass_at_k, aggregation: mean, higher_is_better: true, k: [1]}]
+generation_kwargs: {until: ["\\ndef"], max_gen_toks: 8, do_sample: false}
+filter_list: [{name: create_test, filter: [{function: custom, filter_fn: !function scoring.whole}]}]
+"""
+SCORING = """
+def whole(responses, documents):
+    return [[document["prompt"] + text for text in each] for each, document in zip(responses, documents)]
+
+def pass_at_k(references, predictions, k=(1,)):
+    return {"pass@1": float(references[0] in predictions[0][0])}
+"""
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    """Tasks as the harness words them, but with local data; HumanEval's code is looked at, not run."""
+    import lm_eval
+    from evaluators.tiny_models import write_rows
+    from recipes.llama2_7b.evaluate import OWN_TASKS
+
+    folder = tmp_path_factory.mktemp("harness")
+    own = Path(lm_eval.__file__).parent / "tasks"
+    files = {
+        "cmmlu": "task: cmmlu\n" + (own / "cmmlu/_default_template_yaml").read_text(encoding="utf-8"),
+        "gsm8k": (own / "gsm8k/gsm8k.yaml").read_text(),
+        "gsm8k_metamath": (OWN_TASKS / "gsm8k_metamath.yaml").read_text(),
+    }
+    # The stand-in knows 512 positions, which a prompt of five examples and a long answer would fill.
+    short = {"max_gen_toks: 512": "max_gen_toks: 12", "  do_sample: false": "  do_sample: false\n  max_gen_toks: 12"}
+    for name, text in files.items():
+        lines = [line for line in text.splitlines() if not line.startswith(("dataset_", "num_fewshot"))]
+        content = "\n".join(lines)
+        for long, instead in short.items():
+            content = content.replace(long, instead)
+        data = ", ".join(f"{split}: {folder}/{name}.jsonl" for split in ("train", "dev", "test"))
+        content += f"\ndataset_path: json\ndataset_kwargs: {{data_files: {{{data}}}}}\n"
+        (folder / f"{name}.yaml").write_text(content, encoding="utf-8")
+    (folder / "humaneval.yaml").write_text(CODE.replace("FOLDER", str(folder)))
+    (folder / "scoring.py").write_text(SCORING)
+    asked = [{"Question": f"{n}?", "A": "a", "B": "b", "C": "c", "D": "d", "Answer": "ABCD"[n % 4]} for n in range(8)]
+    write_rows(folder / "cmmlu.jsonl", asked)
+    sums = [{"question": "1 + 2", "answer": "1 and 2 make 3. #### 3"}, {"question": "2 + 2", "answer": "#### 4"}]
+    write_rows(folder / "gsm8k.jsonl", sums)
+    write_rows(folder / "gsm8k_metamath.jsonl", sums)
+    write_rows(folder / "humaneval.jsonl", [{"prompt": "def three():", "test": "def three"}])
+    return folder
+
+
+@pytest.mark.slow
+def test_llama_is_evaluated_on_the_harness(harness, tmp_path, tmp_path_factory, monkeypatch, capsys):
+    import datasets
+    from evaluators.tiny_models import make_llama
+    from recipes.llama2_7b import evaluate
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+    monkeypatch.chdir(tmp_path)
+    model = make_llama(tmp_path / "model")
+    arguments = [str(model), "--tasks", *evaluate.COLUMNS, "--include", str(harness), "--device", "cpu"]
+    [row] = evaluate.main([*arguments, "--allow-code"])
+    assert list(row) == ["cmmlu", "gsm8k", "gsm8k_metamath", "humaneval"]
+    assert row["humaneval"] == 100
+    assert all(0 <= value <= 100 for value in row.values())
+    assert "| average |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--allow-code"):
+        evaluate.main(arguments)
+
+
+def test_tokens_beyond_the_base_are_cut_off(tmp_path):
+    from adapters import llama
+    from recipes.llama2_7b.fetch import cut_vocabulary
+
+    folder = llama(tmp_path / "model")
+    before = load(folder)
+    whole = json.loads((folder / "config.json").read_text())
+    after = load(cut_vocabulary(folder, tmp_path / "cut", 59))
+    assert all(torch.equal(before[name][: len(after[name])], after[name]) for name in before)
+    assert {name: len(after[name]) for name in after if len(after[name]) == 59} == {
+        "model.embed_tokens.weight": 59, "lm_head.weight": 59,
+    }  # fmt: skip
+    assert json.loads((tmp_path / "cut/config.json").read_text()) == {**whole, "vocab_size": 59}
