@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--raw", type=Path, default=DATA / "raw")
     parser.add_argument("--templates", type=Path, default=DATA / "promptsource")
-    parser.add_argument("--promptsource", default="main", help="revision of the templates")
+    parser.add_argument("--promptsource", default="v0.2.3", help="tag or commit of the templates")
     asked = parser.parse_args(arguments)
     for name in asked.tasks:
         task = TASKS[name]
@@ -63,7 +63,7 @@ def read_splits(name: str, task: Task, raw: Path) -> dict[str, Rows] | None:
     # As the code of TIES-Merging does it: its own seeded shuffle, not the data library's.
     random.Random(SEED).shuffle(shuffled)
     kept = HELD_BACK if len(shuffled) > HELD_BACK else len(shuffled) // 2
-    splits = {"validation": shuffled[:kept]}
+    splits: dict[str, Rows] = {"validation": shuffled[:kept]}
     splits["test"] = shuffled[kept:] if task.test == task.validation else list(found[task.test])
     return splits if task.held_out else {**splits, "train": list(found[task.train])}
 
@@ -74,7 +74,8 @@ def _rows(file: Path, task: Task, split: str) -> Rows:
     import datasets
 
     try:
-        return list(datasets.load_dataset(task.data, task.subset, split=split, revision=task.revision))
+        found: Any = datasets.load_dataset(task.data, task.subset, split=split, revision=task.revision)
+        return list(found)
     except Exception as error:  # the hub's own text says what failed
         sys.exit(f"{task.data}, split {split}, cannot be fetched: {error}\nOr put its rows in {file}.")
 
