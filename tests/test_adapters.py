@@ -102,6 +102,7 @@ FACTORED = {
     "tsv": {},
     "iso_c": {},
     "iso_cts": {"common_fraction": 0.9},
+    "iso_share": {},
     "knots": {"density": 0.3},
     "knots, by tensor": {"density": 0.3, "density_scope": "tensor"},
     "knots, strengths apart": {"density": 0.5, "weight_by_sigma": False},

@@ -57,6 +57,11 @@ class Variant:
     default: Setting
     grid: tuple[Setting, ...]
 
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether it is given examples of the tasks."""
+        return self.default.data or bool(self.default.statistics)
+
 
 def variants(tasks: int, known: Sequence[str], *, data: bool) -> list[Variant]:
     """Return the rows of a table.
@@ -131,6 +136,7 @@ _GRIDS = {
     "pem": lambda _: scaled((0.6, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)),
     "tsv": lambda _: scaled(MEANS),
     "iso_c": lambda _: scaled(MEANS),
+    "iso_share": lambda _: crossed("background", [0.1, 0.3], "scaling_factor", [0.7, 0.85, 1.0, 1.2]),
     "iso_cts": lambda _: crossed("common_fraction", [0.6, 0.8], "scaling_factor", [1.0, 1.5, 2.0, 2.5]),
     "knots": lambda _: crossed("density", [0.2, 1.0], "scaling_factor", [0.6, 1.0, 1.5, 2.0]),
     "fisher": lambda _: crossed("normalise", [True, False], "floor", [1e-6, 1e-4, 1e-3, 1e-2]),

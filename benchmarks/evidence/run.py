@@ -89,10 +89,16 @@ def run(
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin) as pool:
         _each(pool.submit(_tune, name, out, seed, task) for seed in seeds for task in suite.tasks)
         originals: list[Job] = [(one, seed, "test") for seed in seeds for one in ("pretrained", "fine-tuned")]
-        _rows(pool, name, out, [*originals, *((one.default, seed, "test") for one in rows for seed in seeds)])
-        _rows(pool, name, out, ((tried, seed, "validation") for one in rows for tried in one.grid for seed in seeds))
-        best = {(one.name, seed): _best(name, out, one.grid, seed) for one in rows if one.grid for seed in seeds}
-        _rows(pool, name, out, ((setting, seed, "test") for (_, seed), setting in best.items()))
+        _rows(pool, name, out, originals)
+        best: dict[tuple[str, int], Setting] = {}
+        for group in (False, True):  # those that look at data take longest, and come last
+            some = [one for one in rows if one.looks_at_data == group]
+            _rows(pool, name, out, ((one.default, seed, "test") for one in some for seed in seeds))
+            _rows(
+                pool, name, out, ((tried, seed, "validation") for seed in seeds for one in some for tried in one.grid)
+            )
+            best |= {(one.name, seed): _best(name, out, one.grid, seed) for one in some if one.grid for seed in seeds}
+            _rows(pool, name, out, ((best[one.name, seed], seed, "test") for one in some if one.grid for seed in seeds))
 
     def kept(*job: Any) -> dict[str, Any]:
         return asdict(_row(name, out, job))

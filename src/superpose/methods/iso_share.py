@@ -1,0 +1,136 @@
+"""Iso-Share: each direction to the tasks by their share of it, all singular values equal, the strength the tasks' own.
+
+    use       L_i = U_i diag(w_i) U_i^T + background I,  R_i likewise of V_i,  w_i = s_i / mean(s_i)
+    share     S = L^-1 (sum_i L_i M_i R_i) R^-1,   L = sum_i L_i,  R = sum_i R_i
+    flatten   S = U diag(s) V^T,   F = U V^T
+    strength  a = sum_ik s_ik^2 / sum_ik s_ik |u_ik . F v_ik|,   at most the largest s_ik
+    merged    base + scaling_factor * a * F;   what is no matrix: scaling_factor * mean_i tau_i
+
+It joins what two methods found: which directions go to whom is decided as in STF by the features of all tasks
+together, and how strongly they act as in Iso-C, all alike. Beside them, a scaling factor for each matrix in closed
+form: at it the tasks' features are answered, on the average weighted by strength, as they were. So there is nothing to
+tune: 1 is the scaling factor that it was made for. The derivation, and what was tried, is in docs/iso-share.md.
+
+Cost: T + 1 decompositions, and two systems of out and of in unknowns. Prefer it for full fine-tunes of three tasks and
+more; with one or two it distorts what it merges, as Iso-C does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from superpose.kinds import MATRIX_KINDS, Kind
+from superpose.maths.low_rank import LowRank, total, zero
+from superpose.maths.matrices import acts_as_matrix, as_matrices
+from superpose.maths.shares import shared_out
+from superpose.maths.svd import Features, thin_svd
+from superpose.options import Range
+from superpose.registry import Breach, Cost, Factored, Merged, MergedFactors, merge_method
+
+AVERAGED = frozenset(Kind) - MATRIX_KINDS
+NOISE = 2e-12
+"""Share of the largest singular value that two solves in float64 can add in any direction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsoShareOptions:
+    """Options of Iso-Share."""
+
+    scaling_factor: Annotated[float, Range(-10, 10)] = 1.0
+    """Factor on the merged task vector; 1 is what the closed form aims at."""
+    background: Annotated[float, Range(1e-6, 1e6)] = 0.1
+    """How much a task uses directions that it has no feature in; its features' mean use is 1."""
+
+
+def iso_share_cost(shape: Sequence[int], tasks: int, options: object) -> Cost:
+    """Return what one matrix takes: T + 1 decompositions, and two systems in float64."""
+    del options
+    out, in_ = shape[0], prod(shape[1:])
+    small = min(out, in_)
+    kept = 4 * (tasks * small * (out + in_) + (tasks + 2) * out * in_)
+    solving = 8 * (2 * out**2 + 2 * in_**2 + 3 * out * in_ + 2 * small * (out + in_))
+    flops = (tasks + 1) * (2.0 * out * in_ * small + 12.0 * small**3)
+    flops += 2.0 * tasks * small * (out**2 + in_**2 + out * in_) + (out**3 + in_**3) / 3 + 2.0 * out * in_ * (out + in_)
+    return Cost(kept + solving, flops)
+
+
+def _in_factors(tasks: Sequence[LowRank], options: IsoShareOptions, kind: Kind) -> MergedFactors:
+    """Merge in bases of the columns and rows that the tasks have together: outside of them is nothing to share."""
+    if kind not in MATRIX_KINDS:
+        return MergedFactors(total(tasks, [options.scaling_factor / len(tasks)] * len(tasks)))
+    found = [features for task in tasks if (features := task.features()).count]
+    if not found:
+        return MergedFactors(zero(tasks[0].shape, tasks[0].left), {"rank": 0, "singular_value": 0.0})
+    columns = torch.linalg.qr(torch.cat([task.u.double() for task in found], dim=1)).Q
+    rows = torch.linalg.qr(torch.cat([task.vh.double() for task in found]).T).Q
+    inner = [Features(columns.T @ task.u.double(), task.s.double(), task.vh.double() @ rows) for task in found]
+    flat, level = _flattened(inner, options.background, tasks[0].left.dtype)
+    left = (columns @ flat.u.double()) * (options.scaling_factor * level)
+    update = LowRank(left.to(tasks[0].left), (flat.vh.double() @ rows.T).to(tasks[0].left))
+    return MergedFactors(update, {"rank": flat.count, "singular_value": level})
+
+
+@merge_method(
+    "iso_share",
+    options=IsoShareOptions,
+    source="superpose, docs/iso-share.md; after Marczak et al. 2025, arXiv:2502.04959, and Qiu et al. 2025",
+    whole_for=MATRIX_KINDS,
+    cost=iso_share_cost,
+    breaks={
+        "single": Breach("the task's singular values are made equal: diag(3, 1) gives diag(2.5, 2.5)", MATRIX_KINDS),
+        "same": Breach("of T identical tasks comes what comes of one", MATRIX_KINDS),
+        "zero": Breach("what is no matrix is averaged", AVERAGED),
+    },
+    factored=Factored(_in_factors),
+)
+def iso_share(task_vectors: Float[Tensor, "tasks *shape"], options: IsoShareOptions, *, kind: Kind) -> Merged:
+    """Share directions out among the tasks, flatten the spectrum, and give it the tasks' strength.
+
+    Args:
+        task_vectors: tuned minus base.
+        options: see `IsoShareOptions`.
+        kind: linear maps and convolutions that mix channels are matrices (stacks of experts map by map).
+
+    Returns:
+        The merged task vector; for matrices with the rank and the singular value.
+    """
+    if not acts_as_matrix(kind, task_vectors.shape[1:]) or not task_vectors.numel():
+        return Merged(options.scaling_factor * task_vectors.mean(dim=0))
+    merged, ranks, levels = [], [], []
+    for matrices in as_matrices(task_vectors, kind):
+        found = [features for matrix in matrices if (features := thin_svd(matrix)).count]
+        if not found:
+            merged.append(torch.zeros_like(matrices[0]))
+            ranks.append(0)
+            levels.append(0.0)
+            continue
+        flat, level = _flattened(found, options.background, matrices.dtype)
+        merged.append((options.scaling_factor * level) * (flat.u @ flat.vh))
+        ranks.append(flat.count)
+        levels.append(level)
+    tensor = torch.stack(merged).reshape(task_vectors.shape[1:])
+    return Merged(tensor, {"rank": sum(ranks), "singular_value": sum(levels) / len(levels)})
+
+
+def _flattened(tasks: Sequence[Features], background: float, dtype: torch.dtype) -> tuple[Features, float]:
+    """Return the singular vectors of what is shared out, and the one singular value that all of them get."""
+    flat = thin_svd(shared_out(tasks, background).to(dtype))
+    # No more directions than the features span; what the systems' rounding adds would be made as strong as the rest.
+    count = min(sum(task.count for task in tasks), int((flat.s > NOISE * flat.s[:1]).sum()))
+    flat = flat.take(0, count)
+    squares = answered = largest = 0.0
+    for task in tasks:
+        s = task.s.double()
+        answers = ((flat.u.T @ task.u.to(dtype)) * (flat.vh @ task.vh.T.to(dtype))).sum(dim=0).double()
+        squares += float(s @ s)
+        answered += float(s @ answers.abs())
+        largest = max(largest, float(s[0]))
+    # Tasks that contradict each other leave directions that answer hardly anything.
+    return flat, min(squares / answered, largest) if answered > 0 else 0.0
