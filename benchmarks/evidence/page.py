@@ -1,4 +1,4 @@
-"""docs/evidence.md out of the results in docs/evidence: tables, figures, and the summary that was written by hand.
+"""docs/evidence.md and its figures out of the results in docs/evidence; the summary was written by hand.
 
     python benchmarks/evidence/page.py [--check]
 
@@ -151,6 +151,10 @@ def tables(found: Results) -> Iterator[str]:
         f" ({DRAWS:,} draws).\n"
     )
     yield from _table(found, found.chosen, with_originals=True)
+    if REFERENCE in found.chosen:
+        name = content["benchmark"]
+        yield f"![mean accuracy of every method](evidence/{name}-methods.svg)\n"
+        yield f"![STF less each method](evidence/{name}-differences.svg)\n"
     yield "### Published defaults\n"
     yield from _table(found, found.defaults, with_originals=False)
 
@@ -192,12 +196,28 @@ def numbers(results: Mapping[str, Results]) -> dict[str, str]:
     return found
 
 
+def all_results() -> dict[str, Results]:
+    """Return the results that there are, by benchmark."""
+    files = {name: RESULTS / f"{name}.json" for name in ABOUT}
+    return {name: Results(json.loads(file.read_text("utf-8"))) for name, file in files.items() if file.exists()}
+
+
+def draw(results: Mapping[str, Results]) -> None:
+    """Write the figures."""
+    from plots import differences_figure, methods_figure
+
+    for name, found in results.items():
+        chosen = {method: entry.means for method, entry in found.chosen.items()}
+        default = {method: entry.mean for method, entry in found.defaults.items()}
+        lines = {original: entry.mean for original, entry in found.originals.items()}
+        methods_figure(RESULTS / f"{name}-methods", chosen, default, lines)
+        if REFERENCE in found.chosen:
+            differences_figure(RESULTS / f"{name}-differences", REFERENCE, found.against(found.chosen))
+
+
 def page() -> str:
     """Return the page."""
-    results = {}
-    for name in ABOUT:
-        if (file := RESULTS / f"{name}.json").exists():
-            results[name] = Results(json.loads(file.read_text(encoding="utf-8")))
+    results = all_results()
     summary = (RESULTS / "summary.md").read_text(encoding="utf-8").format_map(numbers(results))
     lines = [
         "# Evidence\n",
@@ -220,6 +240,7 @@ def main() -> None:
             sys.exit(f"{file} is not what the results make: run python benchmarks/evidence/page.py")
     else:
         file.write_text(page(), encoding="utf-8")
+        draw(all_results())
 
 
 if __name__ == "__main__":
