@@ -77,7 +77,7 @@ def test_every_setting_is_one_that_its_method_takes(tmp_path, tasks):
     folders = make_family(tmp_path, tasks=tasks)
     models = [str(folder) for folder in folders[1:]]
     known = [method.name for method in superpose.list_methods()]
-    for variant in grid.variants(tasks, known, data=False):
+    for variant in grid.variants(tasks, known, data=False, kernels=True):
         for setting in (variant.default, *variant.grid):
             recipe = {"base": str(folders[0]), "models": models, "method": setting.method}
             superpose.plan({**recipe, "options": dict(setting.options)})

@@ -63,13 +63,15 @@ class Variant:
         return self.default.data or bool(self.default.statistics)
 
 
-def variants(tasks: int, known: Sequence[str], *, data: bool) -> list[Variant]:
+def variants(tasks: int, known: Sequence[str], *, data: bool, kernels: bool = False) -> list[Variant]:
     """Return the rows of a table.
 
     Args:
         tasks: number of fine-tunes.
         known: names of all methods.
         data: whether those that look at data are among them.
+        kernels: whether the models have convolutions: methods that average those as published then have a row more,
+            in which they are matrices.
 
     Returns:
         One for each method, in the order of their names; those that look at data last.
@@ -80,6 +82,10 @@ def variants(tasks: int, known: Sequence[str], *, data: bool) -> list[Variant]:
             continue
         grid = tuple(Setting(name, options) for options in _GRIDS[name](tasks)) if name in _GRIDS else ()
         found.append(Variant(name, Setting(name), grid))
+        if kernels and name in SPECTRAL:
+            more = {"convolutions": "matrix"}
+            grid = tuple(Setting(name, {**setting.options, **more}) for setting in grid)
+            found.append(Variant(f"{name}, kernels as matrices", Setting(name, more), grid))
     if data:
         for name, statistics in STATISTICS.items():
             grid = tuple(Setting(name, options, statistics) for options in _GRIDS[name](tasks))
@@ -142,6 +148,8 @@ _GRIDS = {
     "fisher": lambda _: crossed("normalise", [True, False], "floor", [1e-6, 1e-4, 1e-3, 1e-2]),
     "regmean": lambda _: crossed("alpha", [0.1, 0.5, 0.9, 1.0], "ridge", [1e-6, 1e-2]),
 }
+SPECTRAL = ("tsv", "iso_c", "iso_cts")
+"""Methods that decompose 2-D tensors alone, as published."""
 STATISTICS = {"fisher": "fisher", "regmean": "gram"}
 """Methods that take statistics of each task's data."""
 LEARNING: Mapping[str, Sequence[Options]] = {

@@ -84,7 +84,9 @@ def run(
     started, suite = time.time(), suite_of(name, out)
     known = [method.name for method in superpose.list_methods()]
     rows = [
-        one for one in variants(len(suite.tasks), known, data=name == "text") if methods is None or one.name in methods
+        one
+        for one in variants(len(suite.tasks), known, data=name == "text", kernels=name == "vision")
+        if methods is None or one.name in methods
     ]
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin) as pool:
         _each(pool.submit(_tune, name, out, seed, task) for seed in seeds for task in suite.tasks)

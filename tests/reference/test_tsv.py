@@ -217,3 +217,12 @@ def test_model_in_memory_is_merged_tensor_by_tensor():
 def test_order_of_the_tasks_does_not_matter():
     task_vectors = random_stack(3, 9, 8)
     assert_close(merge(task_vectors[[2, 0, 1]]).tensor, merge(task_vectors).tensor, 1e-12)
+
+
+def test_kernels_that_mix_channels_can_be_matrices():
+    kernels, depthwise = random_stack(3, 6, 4, 2, 2), random_stack(3, 6, 1, 2, 2)
+    options = TsvOptions(convolutions="matrix")
+    as_matrices = tsv(kernels.reshape(3, 6, 16), TsvOptions(), kind=LINEAR).tensor
+    assert torch.equal(tsv(kernels, options, kind=CONV).tensor, as_matrices.reshape(6, 4, 2, 2))
+    assert_close(tsv(depthwise, options, kind=CONV).tensor, depthwise.mean(dim=0), 1e-14)
+    assert_close(tsv(kernels, TsvOptions(), kind=CONV).tensor, kernels.mean(dim=0), 1e-14)

@@ -25,7 +25,7 @@ from superpose.kinds import Kind
 from superpose.maths.low_rank import LowRank, total
 from superpose.maths.matrices import as_matrices
 from superpose.maths.svd import thin_svd
-from superpose.methods.tsv import TWO_DIMENSIONAL, is_decomposed, spectral_cost
+from superpose.methods.tsv import DECOMPOSED, TWO_DIMENSIONAL, Convolutions, is_decomposed, spectral_cost
 from superpose.options import Range
 from superpose.registry import Breach, Factored, Merged, MergedFactors, merge_method
 
@@ -38,10 +38,12 @@ class IsoCOptions:
 
     scaling_factor: Annotated[float, Range(-10, 10)] = 1.0
     """Factor on the merged task vector (alpha; searched up to 3 in the code)."""
+    convolutions: Convolutions = "average"
+    """Whether kernels that mix channels are averaged, as published, or decomposed as out x (in * kernel)."""
 
 
 def _in_factors(tasks: Sequence[LowRank], options: IsoCOptions, kind: Kind) -> MergedFactors:
-    if kind not in TWO_DIMENSIONAL:
+    if not is_decomposed(kind, tasks[0].shape, options.convolutions):
         return MergedFactors(total(tasks, [options.scaling_factor / len(tasks)] * len(tasks)))
     features = total(tasks).features()
     level = float(features.s.mean()) if features.count else 0.0
@@ -53,7 +55,7 @@ def _in_factors(tasks: Sequence[LowRank], options: IsoCOptions, kind: Kind) -> M
     "iso_c",
     options=IsoCOptions,
     source="Marczak et al. 2025, arXiv:2502.04959, Iso-C",
-    whole_for=TWO_DIMENSIONAL,
+    whole_for=DECOMPOSED,
     cost=spectral_cost,
     breaks={
         "single": Breach("the task's singular values are made equal: diag(3, 1) gives diag(2, 2)", TWO_DIMENSIONAL),
@@ -73,7 +75,7 @@ def iso_c(task_vectors: Float[Tensor, "tasks *shape"], options: IsoCOptions, *, 
     Returns:
         The merged task vector; for matrices with the rank and the mean singular value.
     """
-    if not is_decomposed(kind, task_vectors):
+    if not is_decomposed(kind, task_vectors.shape[1:], options.convolutions):
         return Merged(options.scaling_factor * task_vectors.mean(dim=0))
     merged, ranks, levels = [], [], []
     for matrices in as_matrices(task_vectors, kind):

@@ -28,7 +28,7 @@ from superpose.maths.low_rank import LowRank, total
 from superpose.maths.matrices import as_matrices
 from superpose.maths.orthogonal import polar_factor
 from superpose.maths.svd import Features, thin_svd
-from superpose.methods.tsv import TWO_DIMENSIONAL, is_decomposed, spectral_cost
+from superpose.methods.tsv import DECOMPOSED, TWO_DIMENSIONAL, Convolutions, is_decomposed, spectral_cost
 from superpose.options import Range
 from superpose.registry import Breach, Factored, Merged, MergedFactors, merge_method
 
@@ -41,10 +41,12 @@ class IsoCtsOptions:
     """Factor on the merged task vector (alpha; searched up to 3 in the code)."""
     common_fraction: Annotated[float, Range(0, 1)] = 0.8
     """Fraction of the directions that are taken from the sum of all tasks (0.8 in the paper)."""
+    convolutions: Convolutions = "average"
+    """Whether kernels that mix channels are averaged, as published, or decomposed as out x (in * kernel)."""
 
 
 def _in_factors(tasks: Sequence[LowRank], options: IsoCtsOptions, kind: Kind) -> MergedFactors:
-    if kind not in TWO_DIMENSIONAL:
+    if not is_decomposed(kind, tasks[0].shape, options.convolutions):
         return MergedFactors(total(tasks, [options.scaling_factor / len(tasks)] * len(tasks)))
     shape = tasks[0].shape
     common_count, own_count = share_directions(min(shape), len(tasks), options.common_fraction)
@@ -62,7 +64,7 @@ def _in_factors(tasks: Sequence[LowRank], options: IsoCtsOptions, kind: Kind) ->
     "iso_cts",
     options=IsoCtsOptions,
     source="Marczak et al. 2025, arXiv:2502.04959, Iso-CTS",
-    whole_for=TWO_DIMENSIONAL,
+    whole_for=DECOMPOSED,
     cost=spectral_cost,
     breaks={
         "single": Breach("the task's singular values are made equal: diag(3, 1) gives diag(2, 2)", TWO_DIMENSIONAL),
@@ -82,7 +84,7 @@ def iso_cts(task_vectors: Float[Tensor, "tasks *shape"], options: IsoCtsOptions,
     Returns:
         The merged task vector; for matrices with the number of common and of own directions.
     """
-    if not is_decomposed(kind, task_vectors):
+    if not is_decomposed(kind, task_vectors.shape[1:], options.convolutions):
         return Merged(options.scaling_factor * task_vectors.mean(dim=0))
     merged = [_merge_matrices(matrices, options) for matrices in as_matrices(task_vectors, kind)]
     tensor = torch.stack([matrix.tensor for matrix in merged]).reshape(task_vectors.shape[1:])

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from superpose.kinds import Kind
 from superpose.maths.low_rank import LowRank, total, zero
-from superpose.maths.matrices import as_matrices
+from superpose.maths.matrices import acts_as_matrix, as_matrices
 from superpose.maths.orthogonal import polar_factor
 from superpose.maths.svd import Features, thin_svd
 from superpose.options import Range
@@ -35,6 +35,9 @@ from superpose.registry import Breach, Cost, Factored, Merged, MergedFactors, me
 
 TWO_DIMENSIONAL = frozenset({Kind.LINEAR, Kind.EMBEDDING, Kind.HEAD})
 """Kinds whose tensors can be 2-D."""
+DECOMPOSED = TWO_DIMENSIONAL | {Kind.CONV}
+"""Kinds that can be decomposed, by choice or always: read as a whole."""
+Convolutions = Literal["average", "matrix"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ class TsvOptions:
 
     scaling_factor: Annotated[float, Range(-10, 10)] = 1.0
     """Factor on the merged task vector (alpha; 1 in the paper, searched up to 3 in the code)."""
+    convolutions: Convolutions = "average"
+    """Whether kernels that mix channels are averaged, as published, or decomposed as out x (in * kernel)."""
 
 
 def spectral_cost(shape: Sequence[int], tasks: int, options: object) -> Cost:
@@ -57,7 +62,7 @@ def spectral_cost(shape: Sequence[int], tasks: int, options: object) -> Cost:
 
 def _in_factors(tasks: Sequence[LowRank], options: TsvOptions, kind: Kind) -> MergedFactors:
     count = min(tasks[0].shape) // len(tasks)
-    if kind not in TWO_DIMENSIONAL or count == 0:
+    if not is_decomposed(kind, tasks[0].shape, options.convolutions) or count == 0:
         return MergedFactors(total(tasks, [options.scaling_factor / len(tasks)] * len(tasks)))
     if len(tasks) == 1:
         return MergedFactors(tasks[0].times(options.scaling_factor))
@@ -72,7 +77,7 @@ def _in_factors(tasks: Sequence[LowRank], options: TsvOptions, kind: Kind) -> Me
     "tsv",
     options=TsvOptions,
     source="Gargiulo et al. 2024, arXiv:2412.00081, TSV-M",
-    whole_for=TWO_DIMENSIONAL,
+    whole_for=DECOMPOSED,
     cost=spectral_cost,
     breaks={
         "same": Breach("of T identical tasks the leading 1/T of the triplets comes back", TWO_DIMENSIONAL),
@@ -91,7 +96,7 @@ def tsv(task_vectors: Float[Tensor, "tasks *shape"], options: TsvOptions, *, kin
     Returns:
         The merged task vector; for matrices with the triplets per task and the rank of their vectors.
     """
-    if not is_decomposed(kind, task_vectors):
+    if not is_decomposed(kind, task_vectors.shape[1:], options.convolutions):
         return Merged(options.scaling_factor * task_vectors.mean(dim=0))
     merged = [_merge_matrices(matrices) for matrices in as_matrices(task_vectors, kind)]
     tensor = torch.stack([matrix.tensor for matrix in merged]).reshape(task_vectors.shape[1:])
@@ -99,11 +104,11 @@ def tsv(task_vectors: Float[Tensor, "tasks *shape"], options: TsvOptions, *, kin
     return Merged(options.scaling_factor * tensor, stats)
 
 
-def is_decomposed(kind: Kind, task_vectors: Float[Tensor, "tasks *shape"]) -> bool:
-    """Whether the spectral methods decompose a tensor: 2-D ones, and stacks of linear maps."""
-    axes = task_vectors.ndim - 1
-    matrix = axes == 2 and kind in TWO_DIMENSIONAL
-    return (matrix or (axes == 3 and kind is Kind.LINEAR)) and task_vectors.numel() > 0
+def is_decomposed(kind: Kind, shape: Sequence[int], convolutions: Convolutions) -> bool:
+    """Whether the spectral methods decompose a tensor: 2-D ones, stacks of linear maps, kernels if that is chosen."""
+    matrix = len(shape) == 2 and kind in TWO_DIMENSIONAL
+    kernel = convolutions == "matrix" and kind is Kind.CONV and acts_as_matrix(kind, shape)
+    return (matrix or kernel or (len(shape) == 3 and kind is Kind.LINEAR)) and prod(shape) > 0
 
 
 def _merge_matrices(matrices: Float[Tensor, "tasks out in_"]) -> Merged:
