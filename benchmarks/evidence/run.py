@@ -63,9 +63,9 @@ def main() -> None:
     asked = parser.parse_args()
     seeds = [0] if asked.quick else asked.seeds
     methods = ["average", "task_arithmetic"] if asked.quick else asked.methods
-    run(
-        asked.benchmark, asked.out.absolute(), seeds, methods, asked.workers, publish=not (asked.quick or asked.methods)
-    )
+    # Results of some seeds or methods alone are not for the page.
+    is_whole = not asked.quick and not asked.methods and asked.seeds == parser.get_default("seeds")
+    run(asked.benchmark, asked.out.absolute(), seeds, methods, asked.workers, publish=is_whole)
 
 
 def run(
