@@ -1,5 +1,6 @@
 """The cache of decompositions: the same bytes with it and without, whatever happens to its folder."""
 
+import importlib
 import multiprocessing
 import os
 import time
@@ -14,7 +15,8 @@ import superpose
 import superpose.api
 from superpose.decompositions import DecompositionCache, open_cache
 from superpose.errors import SuperposeError
-from superpose.registry import Remembered
+from superpose.kinds import Kind
+from superpose.registry import Remembered, find_method, registered
 
 
 def entry(size=100, number=1.0):
@@ -199,18 +201,81 @@ def weights_of(folder):
     return (Path(folder) / "model.safetensors").read_bytes()
 
 
+def recipe_of(family, **more):
+    return {"base": str(family[0]), "models": [{"path": str(path)} for path in family[1:]], **more}
+
+
 def merged(family, output, **settings):
-    recipe = {"base": str(family[0]), "models": [{"path": str(path)} for path in settings.pop("tuned", family[1:])]}
-    record = superpose.merge(recipe | {"options": settings.pop("options", {})}, output, **settings)
+    recipe = recipe_of([family[0], *settings.pop("tuned", family[1:])])
+    asked = {"method": settings.pop("method", "stf"), "options": settings.pop("options", {})}
+    record = superpose.merge(recipe | asked, output, **settings)
     return weights_of(output), record
 
 
-def test_bytes_are_the_same_with_a_cache_full_or_empty(family, tmp_path):
-    plain, _ = merged(family, tmp_path / "plain")
+def stats_of(record):
+    return {tensor.name: dict(tensor.stats) for tensor in record.tensors}
+
+
+CACHING = ("stf", "tsv", "iso_c", "iso_cts", "iso_share")
+OTHER_OPTIONS = {"stf": {"rank": 5}, "iso_cts": {"common_fraction": 0.5}, "iso_share": {"background": 0.4}}
+
+
+def test_every_method_that_asks_for_a_cache_is_tested_with_one():
+    assert sorted(CACHING) == [method.name for method in registered() if "cache" in method.wants]
+
+
+def count_decompositions(monkeypatch, method):
+    """Return a list that grows with every decomposition of a matrix by the method."""
+    module = importlib.import_module(f"superpose.methods.{method}")
+    done, decompose = [], module.thin_svd
+    monkeypatch.setattr(module, "thin_svd", lambda *args: (done.append(1), decompose(*args))[1])
+    return done
+
+
+@pytest.mark.parametrize("method", CACHING)
+def test_bytes_and_stats_are_the_same_with_a_cache_full_or_empty(family, tmp_path, method, monkeypatch):
+    plain, record = merged(family, tmp_path / "plain", method=method)
+    done = count_decompositions(monkeypatch, method)
+    counts = []
     for name in ("empty", "full"):
-        cached, _ = merged(family, tmp_path / name, cache=tmp_path / "cache")
+        cached, again = merged(family, tmp_path / name, method=method, cache=tmp_path / "cache")
         assert cached == plain
+        assert stats_of(again) == stats_of(record)
+        counts.append(len(done))
+    assert counts[0] > 0
+    assert counts[1] == counts[0]
+    assert any(stats_of(record).values())
     assert files(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("method", CACHING)
+def test_another_method_or_option_is_another_entry(family, tmp_path, method):
+    for other in CACHING:
+        merged(family, tmp_path / other, method=other, cache=tmp_path / "cache")
+    options = OTHER_OPTIONS.get(method, {}) | {"scaling_factor": 0.7}
+    plain, record = merged(family, tmp_path / "plain", method=method, options=options)
+    cached, again = merged(family, tmp_path / "cached", method=method, options=options, cache=tmp_path / "cache")
+    assert cached == plain
+    assert stats_of(again) == stats_of(record)
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "iso_share"])
+@pytest.mark.parametrize(("kind", "shape"), [(Kind.LINEAR, (2, 7, 5)), (Kind.CONV, (6, 3, 2, 2))])
+def test_stacks_and_kernels_are_remembered_map_by_map(tmp_path, monkeypatch, method, kind, shape):
+    found = find_method(method)
+    stack = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    convolutions = {} if method == "iso_share" else {"convolutions": "matrix"}
+    options, cache = found.options(scaling_factor=0.7, **convolutions), open_cache(tmp_path, 10**6)
+    plain = found(stack, options, kind=kind)
+    done = count_decompositions(monkeypatch, method)
+    first = found(stack, options, kind=kind, cache=cache)
+    once = len(done)
+    again = found(stack, options, kind=kind, cache=cache)
+    assert len(files(tmp_path)) == (2 if kind is Kind.LINEAR else 1)
+    assert len(done) == once > 0
+    for one in (first, again):
+        assert torch.equal(one.tensor, plain.tensor)
+        assert one.stats == plain.stats
 
 
 def test_another_subset_and_another_ridge_decompose_nothing_again(family, tmp_path, monkeypatch):
@@ -250,6 +315,22 @@ def test_several_scaling_factors_are_made_at_once_from_the_command_line(family, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out-0.4", "out-1", "single-0.4", "single-1"]
 
 
+@pytest.mark.parametrize("method", CACHING)
+def test_several_scaling_factors_are_decomposed_once_to_the_same_bytes(family, tmp_path, monkeypatch, method):
+    done = count_decompositions(monkeypatch, method)
+    singles = {
+        factor: merged(family, tmp_path / f"single-{factor}", method=method, options={"scaling_factor": factor})
+        for factor in (0.3, 0.7)
+    }
+    once = len(done) // 2
+    records = superpose.merge_scaled(recipe_of(family, method=method), tmp_path / "x-{scaling_factor}", [0.3, 0.7])
+    assert once > 0
+    assert len(done) == 3 * once
+    for record, (factor, (single, alone)) in zip(records, singles.items(), strict=True):
+        assert weights_of(tmp_path / f"x-{factor}") == single
+        assert stats_of(record) == stats_of(alone)
+
+
 def test_several_scaling_factors_are_solved_once(family, tmp_path, monkeypatch):
     from superpose.methods import stf
 
@@ -258,7 +339,7 @@ def test_several_scaling_factors_are_solved_once(family, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "superpose.methods.stf.superpose_features", lambda *args, **kw: (solved.append(1), solve(*args, **kw))[1]
     )
-    recipe = {"base": str(family[0]), "models": [{"path": str(path)} for path in family[1:]]}
+    recipe = recipe_of(family)
     superpose.merge(recipe, tmp_path / "one")
     once = len(solved)
     records = superpose.merge_scaled(recipe, tmp_path / "x-{scaling_factor}", [0.2, 0.5, 0.8])
@@ -268,7 +349,7 @@ def test_several_scaling_factors_are_solved_once(family, tmp_path, monkeypatch):
 
 
 def test_one_factor_left_goes_on_with_what_is_solved(family, tmp_path, monkeypatch):
-    recipe = {"base": str(family[0]), "models": [{"path": str(path)} for path in family[1:]]}
+    recipe = recipe_of(family)
     run_plan = superpose.api.run_plan
     monkeypatch.setattr(
         "superpose.api.run_plan",

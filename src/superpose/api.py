@@ -75,9 +75,9 @@ def merge(
         measure: whether to measure how well each task's features survive (in the record).
         overwrite: whether an output of that name is replaced.
         ray_address: of the cluster for the backend "ray": "auto" or host:port; None to start one on this machine.
-        cache: folder in which decompositions and solutions are kept, for this merge and others that need them.
+        cache: folder in which decompositions and merged matrices are kept, for this merge and others that need them.
         cache_size: bytes of them at most; the least recently used go first.
-        split_tensors: whether idle workers take part in another's tensor (STF); the bytes are the same.
+        split_tensors: whether idle workers take part in another's tensor (STF, Iso-Share); the bytes are the same.
         checksums: of each input file in the record: of a "sample" of its content, or of the "full" file.
         report: called with `Progress` as the merge goes on.
 
@@ -110,7 +110,7 @@ def merge_scaled(
 ) -> list[RunRecord]:
     """Merge checkpoints into several folders, one for each scaling factor; what is costly is done once.
 
-    Without `cache`, solutions are kept beside the outputs until all are made: room for one more model in float32.
+    Without `cache`, merged matrices are kept beside the outputs until all are made: room for one more model in float32.
 
     Args:
         recipe: as for `merge`.

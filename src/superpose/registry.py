@@ -188,6 +188,31 @@ class Cache(Protocol):
         ...
 
 
+def remembered(cache: Cache | None, what: str, matrices: Tensor, merge: Callable[[], Merged]) -> Merged:
+    """Merge matrices, or remember having done so.
+
+    Args:
+        cache: where results are kept, if anywhere.
+        what: how they are merged: the method, and all its options that the result depends on.
+        matrices: one per task, stacked.
+        merge: what merges them, before scaling; nothing is written beside its result.
+
+    Returns:
+        What `merge` returns, with the same bytes.
+    """
+    if cache is None or not matrices.numel():
+        return merge()
+
+    def compute() -> Remembered:
+        merged = merge()
+        cautions = [(caution.text, caution.tasks) for caution in merged.cautions]
+        return Remembered({"matrix": merged.tensor}, {"stats": dict(merged.stats), "cautions": cautions})
+
+    found = cache.remember(what, list(matrices), compute)
+    cautions = tuple(Caution(text, tuple(tasks)) for text, tasks in found.numbers["cautions"])
+    return Merged(found.tensors["matrix"], found.numbers["stats"], cautions)
+
+
 @runtime_checkable
 class Survey(Protocol):
     """Numbers that need every tensor of the model, measured in read-only passes before the merge.

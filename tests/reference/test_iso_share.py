@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from superpose import merge_tensors
 from superpose.kinds import Kind
 from superpose.maths.low_rank import LowRank
+from superpose.maths.side_by_side import Crew
 from superpose.methods.iso_share import AVERAGED, IsoShareOptions, _in_factors, iso_share
 
 # The factor of a polar decomposition is as exact as the weakest direction of what is decomposed.
@@ -177,8 +178,10 @@ def test_breaks_zero_what_is_averaged_shrinks_and_matrices_do_not():
     assert torch.equal(merge(with_zeros).tensor, merge(task_vectors).tensor)
 
 
-def test_degenerate_opposite_tasks_cancel():
-    task_vector = random_stack(1, 9, 8)
+@pytest.mark.parametrize("shape", [(9, 8), (60, 40), (384, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_degenerate_opposite_tasks_cancel(dtype, shape):
+    task_vector = random_stack(1, *shape).to(dtype)
     assert not merge(torch.cat([task_vector, -task_vector])).tensor.any()
 
 
@@ -196,6 +199,18 @@ def test_degenerate_task_vectors_of_zeros_leave_the_base(dtype, kind, shape):
     assert merged.shape == shape
     assert merged.dtype == dtype
     assert not merged.any()
+
+
+@pytest.mark.parametrize("shape", [(300, 140), (140, 300), (9, 7)])
+def test_bytes_do_not_depend_on_helpers(shape):
+    task_vectors = random_stack(5, *shape, dtype=torch.float32)
+    alone = merge(task_vectors)
+    crew = Crew(3)
+    with crew.at_work():
+        together = merge(task_vectors)
+    crew.close()
+    assert torch.equal(together.tensor, alone.tensor)
+    assert together.stats == alone.stats
 
 
 def test_model_in_memory_is_merged_tensor_by_tensor():

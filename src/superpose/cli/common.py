@@ -75,7 +75,7 @@ RayAddress = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Tensors at a time; one per core by default.")]
 CacheFolder = Annotated[
-    Path | None, typer.Option("--cache", help="Folder that keeps decompositions and solutions for other merges.")
+    Path | None, typer.Option("--cache", help="Folder that keeps decompositions and merged matrices for other merges.")
 ]
 CacheSize = Annotated[str, typer.Option(help="Most bytes kept in the cache; the least recently used go first.")]
 SplitTensors = Annotated[

@@ -17,11 +17,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from superpose.maths.side_by_side import side_by_side
 from superpose.maths.svd import Features
+
+ROWS = 256
+"""So many rows of a use are formed at a time: what is above the diagonal's block is not formed."""
+MOST_BESIDE = 4
+"""Blocks of rows that are formed at the same time."""
+CLEAR = 1e-3
+"""Share of the background up to which rounding of the strongest use is harmless."""
 
 
 def shared_out(tasks: Sequence[Features], background: float) -> Float[Tensor, "out in_"]:
     """Return sum_i P_i M_i Q_i: each task's matrix by its share of every output and input direction.
+
+    What is added up and solved is in float64, so that what the tasks' features span is left to rounding of its own size
+    alone. L and R are known as the features are: those of float32 are formed in it where the background allows.
 
     Args:
         tasks: features of the task matrices, each of one at least.
@@ -31,24 +42,35 @@ def shared_out(tasks: Sequence[Features], background: float) -> Float[Tensor, "o
         The matrix, in float64.
     """
     first = tasks[0]
-    left = _identity(first.u.shape[0], first.u).mul_(background * len(tasks))
-    right = _identity(first.vh.shape[1], first.vh).mul_(background * len(tasks))
-    weighted = left.new_zeros(first.u.shape[0], first.vh.shape[1])
-    for task in tasks:
-        u, s, vh = task.u.double(), task.s.double(), task.vh.double()
-        use = s / s.mean()
-        left.addmm_(u * use, u.T)
-        right.addmm_(vh.T * use, vh)
+    uses = [(s := task.s.double()) / s.mean() for task in tasks]
+    merged = torch.zeros(first.u.shape[0], first.vh.shape[1], dtype=torch.float64, device=first.u.device)
+    for task, use in zip(tasks, uses, strict=True):
         # L_i M_i R_i: the features of M_i are eigenvectors of both.
-        weighted.addmm_(u * (s * (use + background) ** 2), vh)
-    merged = _divided(left, weighted)
-    return _divided(right, merged.T).T
+        merged.addmm_(task.u.double() * (task.s.double() * (use + background) ** 2), task.vh.double())
+    merged = _divided(_all_uses([task.u for task in tasks], uses, background), merged)
+    return _divided(_all_uses([task.vh.T for task in tasks], uses, background), merged.T).T
 
 
-def _identity(size: int, like: Tensor) -> Float[Tensor, "size size"]:
-    return torch.eye(size, dtype=torch.float64, device=like.device)
+def _all_uses(
+    directions: Sequence[Float[Tensor, "size _"]], uses: Sequence[Float[Tensor, " _"]], background: float
+) -> Float[Tensor, "size size"]:
+    """Return sum_i (D_i diag(use_i) D_i^T + background I) in float64, up to what is above the diagonal."""
+    size, dtype, every = directions[0].shape[0], directions[0].dtype, background * len(uses)
+    # The smallest eigenvalue is that of the background: what rounds near to it would be solved for.
+    if torch.finfo(dtype).eps * float(sum(use.max() for use in uses)) > CLEAR * every:
+        dtype = torch.float64
+    columns = [direction.to(dtype) for direction in directions]
+    total = torch.eye(size, dtype=dtype, device=columns[0].device).mul_(every)
+
+    def add_rows(start: int) -> None:
+        rows = slice(start, min(start + ROWS, size))
+        for each, use in zip(columns, uses, strict=True):
+            total[rows, : rows.stop].addmm_(each[rows] * use.to(dtype), each[: rows.stop].T)
+
+    side_by_side(add_rows, range(0, size, ROWS)[::-1], most=MOST_BESIDE)  # the longest first
+    return total.double()
 
 
 def _divided(by: Float[Tensor, "size size"], matrix: Float[Tensor, "size columns"]) -> Float[Tensor, "size columns"]:
-    """Return by^-1 @ matrix, for a positive definite `by`, whose memory is used."""
+    """Return by^-1 @ matrix, for a positive definite `by`: its lower triangle is read, and its memory is used."""
     return torch.cholesky_solve(matrix, torch.linalg.cholesky(by, out=by))

@@ -14,7 +14,8 @@ what it merges. Its scaling factor is worth tuning.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -27,7 +28,7 @@ from superpose.maths.matrices import as_matrices
 from superpose.maths.svd import thin_svd
 from superpose.methods.tsv import DECOMPOSED, TWO_DIMENSIONAL, Convolutions, is_decomposed, spectral_cost
 from superpose.options import Range
-from superpose.registry import Breach, Factored, Merged, MergedFactors, merge_method
+from superpose.registry import Breach, Cache, Factored, Merged, MergedFactors, merge_method, remembered
 
 AVERAGED = frozenset(Kind) - TWO_DIMENSIONAL
 
@@ -64,25 +65,38 @@ def _in_factors(tasks: Sequence[LowRank], options: IsoCOptions, kind: Kind) -> M
     },
     factored=Factored(_in_factors),
 )
-def iso_c(task_vectors: Float[Tensor, "tasks *shape"], options: IsoCOptions, *, kind: Kind) -> Merged:
+def iso_c(
+    task_vectors: Float[Tensor, "tasks *shape"], options: IsoCOptions, *, kind: Kind, cache: Cache | None = None
+) -> Merged:
     """Sum the task matrices and flatten the spectrum.
 
     Args:
         task_vectors: tuned minus base.
         options: see `IsoCOptions`.
         kind: linear maps, embeddings and heads are decomposed where they are 2-D (stacks of experts map by map).
+        cache: remembers merged matrices before scaling.
 
     Returns:
         The merged task vector; for matrices with the rank and the mean singular value.
     """
     if not is_decomposed(kind, task_vectors.shape[1:], options.convolutions):
         return Merged(options.scaling_factor * task_vectors.mean(dim=0))
-    merged, ranks, levels = [], [], []
-    for matrices in as_matrices(task_vectors, kind):
-        features = thin_svd(matrices.sum(dim=0))
-        level = float(features.s.mean()) if features.count else 0.0
-        merged.append(level * (features.u @ features.vh))
-        ranks.append(features.count)
-        levels.append(level)
-    tensor = torch.stack(merged).reshape(task_vectors.shape[1:])
-    return Merged(options.scaling_factor * tensor, {"rank": sum(ranks), "singular_value": sum(levels) / len(levels)})
+    done = f"iso_c {replace(options, scaling_factor=1.0)}"
+    merged = [
+        remembered(cache, done, matrices, partial(_merge_matrices, matrices))
+        for matrices in as_matrices(task_vectors, kind)
+    ]
+    tensor = torch.stack([matrix.tensor for matrix in merged]).reshape(task_vectors.shape[1:])
+    return Merged(options.scaling_factor * tensor, isotropic_stats(merged))
+
+
+def isotropic_stats(merged: Sequence[Merged]) -> dict[str, float]:
+    """Return the rank of all maps of a tensor together, and their mean singular value."""
+    rank = sum(int(matrix.stats["rank"]) for matrix in merged)
+    return {"rank": rank, "singular_value": sum(matrix.stats["singular_value"] for matrix in merged) / len(merged)}
+
+
+def _merge_matrices(matrices: Float[Tensor, "tasks out in_"]) -> Merged:
+    features = thin_svd(matrices.sum(dim=0))
+    level = float(features.s.mean()) if features.count else 0.0
+    return Merged(level * (features.u @ features.vh), {"rank": features.count, "singular_value": level})

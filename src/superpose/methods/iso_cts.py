@@ -16,7 +16,8 @@ tasks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -30,7 +31,7 @@ from superpose.maths.orthogonal import polar_factor
 from superpose.maths.svd import Features, thin_svd
 from superpose.methods.tsv import DECOMPOSED, TWO_DIMENSIONAL, Convolutions, is_decomposed, spectral_cost
 from superpose.options import Range
-from superpose.registry import Breach, Factored, Merged, MergedFactors, merge_method
+from superpose.registry import Breach, Cache, Factored, Merged, MergedFactors, merge_method, remembered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +74,27 @@ def _in_factors(tasks: Sequence[LowRank], options: IsoCtsOptions, kind: Kind) ->
     },
     factored=Factored(_in_factors),
 )
-def iso_cts(task_vectors: Float[Tensor, "tasks *shape"], options: IsoCtsOptions, *, kind: Kind) -> Merged:
+def iso_cts(
+    task_vectors: Float[Tensor, "tasks *shape"], options: IsoCtsOptions, *, kind: Kind, cache: Cache | None = None
+) -> Merged:
     """Put common and task-specific directions together, and flatten the spectrum.
 
     Args:
         task_vectors: tuned minus base.
         options: see `IsoCtsOptions`.
         kind: linear maps, embeddings and heads are decomposed where they are 2-D (stacks of experts map by map).
+        cache: remembers merged matrices before scaling.
 
     Returns:
         The merged task vector; for matrices with the number of common and of own directions.
     """
     if not is_decomposed(kind, task_vectors.shape[1:], options.convolutions):
         return Merged(options.scaling_factor * task_vectors.mean(dim=0))
-    merged = [_merge_matrices(matrices, options) for matrices in as_matrices(task_vectors, kind)]
+    done = f"iso_cts {replace(options, scaling_factor=1.0)}"
+    merged = [
+        remembered(cache, done, matrices, partial(_merge_matrices, matrices, options))
+        for matrices in as_matrices(task_vectors, kind)
+    ]
     tensor = torch.stack([matrix.tensor for matrix in merged]).reshape(task_vectors.shape[1:])
     stats = {name: sum(int(matrix.stats[name]) for matrix in merged) for name in merged[0].stats}
     return Merged(options.scaling_factor * tensor, stats)

@@ -18,7 +18,8 @@ was tried on six and on eight, one seed each. With one or two it distorts what i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Annotated
 
@@ -30,13 +31,17 @@ from superpose.kinds import MATRIX_KINDS, Kind
 from superpose.maths.low_rank import LowRank, total, zero
 from superpose.maths.matrices import acts_as_matrix, as_matrices
 from superpose.maths.shares import shared_out
-from superpose.maths.svd import Features, thin_svd
+from superpose.maths.side_by_side import side_by_side
+from superpose.maths.svd import ROUNDING, Features, thin_svd
+from superpose.methods.iso_c import isotropic_stats
 from superpose.options import Range
-from superpose.registry import Breach, Cost, Factored, Merged, MergedFactors, merge_method
+from superpose.registry import Breach, Cache, Cost, Factored, Merged, MergedFactors, merge_method, remembered
 
 AVERAGED = frozenset(Kind) - MATRIX_KINDS
 NOISE = 2e-12
-"""Share of the largest singular value that two solves in float64 can add in any direction."""
+"""Share of the strongest feature that two solves in float64 can add in any direction."""
+MOST_BESIDE = 4
+"""Decompositions of one tensor at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +60,12 @@ def iso_share_cost(shape: Sequence[int], tasks: int, options: object) -> Cost:
     out, in_ = shape[0], prod(shape[1:])
     small = min(out, in_)
     kept = 4 * (tasks * small * (out + in_) + (tasks + 2) * out * in_)
-    solving = 8 * (2 * out**2 + 2 * in_**2 + 3 * out * in_ + 2 * small * (out + in_))
+    decomposing = min(tasks, MOST_BESIDE) * (16 * out * in_ + 32 * small**2)
+    # Features in float64 are one task's, or all of them where the background asks for it.
+    solving = 8 * (2 * max(out, in_) ** 2 + 3 * out * in_ + tasks * small * max(out, in_))
     flops = (tasks + 1) * (2.0 * out * in_ * small + 12.0 * small**3)
-    flops += 2.0 * tasks * small * (out**2 + in_**2 + out * in_) + (out**3 + in_**3) / 3 + 2.0 * out * in_ * (out + in_)
-    return Cost(kept + solving, flops)
+    flops += tasks * small * (out + in_) ** 2 + (out**3 + in_**3) / 3 + 2.0 * out * in_ * (out + in_)
+    return Cost(kept + max(decomposing, solving), flops)
 
 
 def _in_factors(tasks: Sequence[LowRank], options: IsoShareOptions, kind: Kind) -> MergedFactors:
@@ -71,7 +78,8 @@ def _in_factors(tasks: Sequence[LowRank], options: IsoShareOptions, kind: Kind) 
     columns = torch.linalg.qr(torch.cat([task.u.double() for task in found], dim=1)).Q
     rows = torch.linalg.qr(torch.cat([task.vh.double() for task in found]).T).Q
     inner = [Features(columns.T @ task.u.double(), task.s.double(), task.vh.double() @ rows) for task in found]
-    flat, level = _flattened(inner, options.background, tasks[0].left.dtype)
+    flat = _flattened(inner, options.background, tasks[0].left.dtype)
+    level = _strength(inner, flat.u @ flat.vh)
     left = (columns @ flat.u.double()) * (options.scaling_factor * level)
     update = LowRank(left.to(tasks[0].left), (flat.vh.double() @ rows.T).to(tasks[0].left))
     return MergedFactors(update, {"rank": flat.count, "singular_value": level})
@@ -90,47 +98,60 @@ def _in_factors(tasks: Sequence[LowRank], options: IsoShareOptions, kind: Kind) 
     },
     factored=Factored(_in_factors),
 )
-def iso_share(task_vectors: Float[Tensor, "tasks *shape"], options: IsoShareOptions, *, kind: Kind) -> Merged:
+def iso_share(
+    task_vectors: Float[Tensor, "tasks *shape"], options: IsoShareOptions, *, kind: Kind, cache: Cache | None = None
+) -> Merged:
     """Share directions out among the tasks, flatten the spectrum, and give it the tasks' strength.
 
     Args:
         task_vectors: tuned minus base.
         options: see `IsoShareOptions`.
         kind: linear maps and convolutions that mix channels are matrices (stacks of experts map by map).
+        cache: remembers merged matrices before scaling.
 
     Returns:
         The merged task vector; for matrices with the rank and the singular value.
     """
     if not acts_as_matrix(kind, task_vectors.shape[1:]) or not task_vectors.numel():
         return Merged(options.scaling_factor * task_vectors.mean(dim=0))
-    merged, ranks, levels = [], [], []
-    for matrices in as_matrices(task_vectors, kind):
-        found = [features for matrix in matrices if (features := thin_svd(matrix)).count]
-        if not found:
-            merged.append(torch.zeros_like(matrices[0]))
-            ranks.append(0)
-            levels.append(0.0)
-            continue
-        flat, level = _flattened(found, options.background, matrices.dtype)
-        merged.append((options.scaling_factor * level) * (flat.u @ flat.vh))
-        ranks.append(flat.count)
-        levels.append(level)
-    tensor = torch.stack(merged).reshape(task_vectors.shape[1:])
-    return Merged(tensor, {"rank": sum(ranks), "singular_value": sum(levels) / len(levels)})
+    done = f"iso_share {replace(options, scaling_factor=1.0)}"
+    merged = [
+        remembered(cache, done, matrices, partial(_merge_matrices, matrices, options.background))
+        for matrices in as_matrices(task_vectors, kind)
+    ]
+    tensor = torch.stack([matrix.tensor for matrix in merged]).reshape(task_vectors.shape[1:])
+    return Merged(options.scaling_factor * tensor, isotropic_stats(merged))
 
 
-def _flattened(tasks: Sequence[Features], background: float, dtype: torch.dtype) -> tuple[Features, float]:
-    """Return the singular vectors of what is shared out, and the one singular value that all of them get."""
+def _merge_matrices(matrices: Float[Tensor, "tasks out in_"], background: float) -> Merged:
+    found = [task for task in side_by_side(thin_svd, list(matrices), most=MOST_BESIDE) if task.count]
+    if not found:
+        return Merged(torch.zeros_like(matrices[0]), {"rank": 0, "singular_value": 0.0})
+    flat = _flattened(found, background, matrices.dtype)
+    matrix = flat.u @ flat.vh
+    level = _strength(found, matrix)
+    return Merged(level * matrix, {"rank": flat.count, "singular_value": level})
+
+
+def _flattened(tasks: Sequence[Features], background: float, dtype: torch.dtype) -> Features:
+    """Return the singular vectors of what is shared out."""
     flat = thin_svd(shared_out(tasks, background).to(dtype))
-    # No more directions than the features span; what the systems' rounding adds would be made as strong as the rest.
-    count = min(sum(task.count for task in tasks), int((flat.s > NOISE * flat.s[:1]).sum()))
-    flat = flat.take(0, count)
+    # No more directions than the features span; what rounding leaves, of the systems or of tasks that cancel out, would
+    # be made as strong as the rest.
+    strongest = max(float(one.s[0]) for one in (flat, *tasks) if one.count)
+    noise = max(NOISE, ROUNDING * torch.finfo(dtype).eps) * strongest
+    count = min(sum(task.count for task in tasks), int((flat.s > noise).sum()))
+    return flat.take(0, count)
+
+
+def _strength(tasks: Sequence[Features], matrix: Float[Tensor, "out in_"]) -> float:
+    """Return the factor at which a matrix with a flat spectrum answers the features as strongly as they are."""
     squares = answered = largest = 0.0
     for task in tasks:
         s = task.s.double()
-        answers = ((flat.u.T @ task.u.to(dtype)) * (flat.vh @ task.vh.T.to(dtype))).sum(dim=0).double()
+        answers = ((matrix @ task.vh.to(matrix).T) * task.u.to(matrix)).sum(dim=0).double()
         squares += float(s @ s)
         answered += float(s @ answers.abs())
         largest = max(largest, float(s[0]))
     # Tasks that contradict each other leave directions that answer hardly anything.
-    return flat, min(squares / answered, largest) if answered > 0 else 0.0
+    return min(squares / answered, largest) if answered > 0 else 0.0

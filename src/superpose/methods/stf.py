@@ -49,6 +49,7 @@ from superpose.registry import (
     MergedFactors,
     Remembered,
     merge_method,
+    remembered,
 )
 
 NEARLY_PARALLEL = 1e4
@@ -281,8 +282,9 @@ def _merge_stack(
     if kind is not Kind.LINEAR or matrices.ndim != 4:
         out = matrices.shape[1]
         flat = matrices.reshape(len(matrices), out, prod(matrices.shape[2:]))
-        return _merge_matrices(flat, options, matrices.shape[1:], cache)
-    merged = [_merge_matrices(member, options, member.shape[1:], cache) for member in matrices.unbind(1)]
+        found = _merge_matrices(flat, options, cache)
+        return replace(found, tensor=found.tensor.reshape(matrices.shape[1:]))
+    merged = [_merge_matrices(member, options, cache) for member in matrices.unbind(1)]
     stats = {
         "features": sum(int(member.stats["features"]) for member in merged),
         "rank": sum(int(member.stats["rank"]) for member in merged),
@@ -293,45 +295,31 @@ def _merge_stack(
     return Merged(torch.stack([member.tensor for member in merged]), stats, cautions)
 
 
-def _merge_matrices(
-    matrices: Float[Tensor, "tasks out in_"], options: StfOptions, shape: torch.Size, cache: Cache | None
-) -> Merged:
+def _merge_matrices(matrices: Float[Tensor, "tasks out in_"], options: StfOptions, cache: Cache | None) -> Merged:
     """Superpose the features of one matrix per task, or remember having done so: scaling comes after it."""
-    if cache is None or not matrices.numel():
-        return _solve_matrices(matrices, options, shape, None)
-
-    def compute() -> Remembered:
-        merged = _solve_matrices(matrices, options, shape, cache)
-        cautions = [(caution.text, caution.tasks) for caution in merged.cautions]
-        return Remembered({"matrix": merged.tensor}, {"stats": dict(merged.stats), "cautions": cautions})
-
     # What acts before or after this is not part of what was done here.
     done = replace(options, density=1.0, scaling_factor=1.0, density_scope="tensor", matrices="task", trim_norm=True)
-    found = cache.remember(f"superposed by {done}", list(matrices), compute)
-    cautions = tuple(Caution(text, tuple(tasks)) for text, tasks in found.numbers["cautions"])
-    return Merged(found.tensors["matrix"].reshape(shape), found.numbers["stats"], cautions)
+    return remembered(cache, f"superposed by {done}", matrices, lambda: _solve_matrices(matrices, options, cache))
 
 
-def _solve_matrices(
-    matrices: Float[Tensor, "tasks out in_"], options: StfOptions, shape: torch.Size, cache: Cache | None
-) -> Merged:
+def _solve_matrices(matrices: Float[Tensor, "tasks out in_"], options: StfOptions, cache: Cache | None) -> Merged:
     decompose = partial(_remembered_features, options=options, cache=cache)
     tasks = side_by_side(decompose, list(matrices), most=MOST_BESIDE) if matrices.numel() else []
     present = [index for index, task in enumerate(tasks) if task.count]
     if len(present) == 0:
         stats = {"features": 0, "rank": 0, "residual": 0.0, "condition": 1.0}
-        return Merged(matrices.new_zeros(shape), stats)
+        return Merged(torch.zeros_like(matrices[0]), stats)
     if len(present) == 1 and options.ridge == 0:
         # One task answers to nobody else: its own matrix, without the rounding of a decomposition.
         task = tasks[present[0]]
         matrix = matrices[present[0]] if _keeps_all_features(options) else task.matrix()
         stats = {"features": task.count, "rank": task.count, "residual": 0.0, "condition": 1.0}
-        return Merged(matrix.reshape(shape), stats)
+        return Merged(matrix, stats)
     found = superpose_features(tasks, ridge=options.ridge, solver=options.solver)
     stats = _stats(found, tasks)
     if not _keeps_all_features(options) and _is_checked(matrices, options.check_share):
         stats["distance_to_all_features"] = _distance_to_all_features(found.matrix, matrices, options)
-    return Merged(found.matrix.reshape(shape), stats, _cautions(found, present, stats["growth"]))
+    return Merged(found.matrix, stats, _cautions(found, present, stats["growth"]))
 
 
 def _stats(found: Superposition, tasks: Sequence[Features]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ falling singular values: each task gets 1/T of the directions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Annotated, Literal
 
@@ -31,7 +32,7 @@ from superpose.maths.matrices import acts_as_matrix, as_matrices
 from superpose.maths.orthogonal import polar_factor
 from superpose.maths.svd import Features, thin_svd
 from superpose.options import Range
-from superpose.registry import Breach, Cost, Factored, Merged, MergedFactors, merge_method
+from superpose.registry import Breach, Cache, Cost, Factored, Merged, MergedFactors, merge_method, remembered
 
 TWO_DIMENSIONAL = frozenset({Kind.LINEAR, Kind.EMBEDDING, Kind.HEAD})
 """Kinds whose tensors can be 2-D."""
@@ -85,20 +86,27 @@ def _in_factors(tasks: Sequence[LowRank], options: TsvOptions, kind: Kind) -> Me
     },
     factored=Factored(_in_factors),
 )
-def tsv(task_vectors: Float[Tensor, "tasks *shape"], options: TsvOptions, *, kind: Kind) -> Merged:
+def tsv(
+    task_vectors: Float[Tensor, "tasks *shape"], options: TsvOptions, *, kind: Kind, cache: Cache | None = None
+) -> Merged:
     """Merge the leading triplets of every task, with orthonormal vectors.
 
     Args:
         task_vectors: tuned minus base.
         options: see `TsvOptions`.
         kind: linear maps, embeddings and heads are decomposed where they are 2-D (stacks of experts map by map).
+        cache: remembers merged matrices before scaling.
 
     Returns:
         The merged task vector; for matrices with the triplets per task and the rank of their vectors.
     """
     if not is_decomposed(kind, task_vectors.shape[1:], options.convolutions):
         return Merged(options.scaling_factor * task_vectors.mean(dim=0))
-    merged = [_merge_matrices(matrices) for matrices in as_matrices(task_vectors, kind)]
+    done = f"tsv {replace(options, scaling_factor=1.0)}"
+    merged = [
+        remembered(cache, done, matrices, partial(_merge_matrices, matrices))
+        for matrices in as_matrices(task_vectors, kind)
+    ]
     tensor = torch.stack([matrix.tensor for matrix in merged]).reshape(task_vectors.shape[1:])
     stats = {name: sum(int(matrix.stats[name]) for matrix in merged) for name in merged[0].stats}
     return Merged(options.scaling_factor * tensor, stats)
