@@ -3,6 +3,8 @@
 import json
 import math
 
+import analyses
+import analysis_page
 import bootstrap
 import grid
 import numpy as np
@@ -13,10 +15,13 @@ from efficientnet import Body
 from families import make_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import Job
+from probe import probed
 from rows import Evaluated
 from suite import Answers
 
 import superpose
+from superpose.maths.svd import thin_svd
 
 answers = st.lists(st.booleans(), min_size=1, max_size=70)
 
@@ -142,12 +147,18 @@ def test_the_page_has_the_numbers_of_the_results(tmp_path, monkeypatch):
     }  # fmt: skip
     (tmp_path / "evidence").mkdir()
     (tmp_path / "evidence" / "text.json").write_text(json.dumps(content), encoding="utf-8")
+    removed = [{"end": end, "share": 0.5, "mean": 0.25} for end in ("remove_smallest", "remove_largest")]
+    made = {"command": "analyse", "made_by": {"code": "c0de", "at": "today"}}
+    analyses = {"removed_features": {"found": {"none": 0.5, "removed": removed}, **made}}
+    (tmp_path / "evidence" / "text-analyses.json").write_text(json.dumps(analyses), encoding="utf-8")
     (tmp_path / "evidence" / "summary.md").write_text("STF {text_stf}, {text_fine_tuned} alone.\n", encoding="utf-8")
     monkeypatch.setattr(page, "RESULTS", tmp_path / "evidence")
     text = page.page()
     assert "STF 0.800, 0.900 alone." in text
     assert "| **stf** | 0.800 | 0.800 | 0.800 |  | 0.889 |" in text
-    assert "| average | 0.300 | 0.300 | 0.300 |  | 0.333 | +0.500 | +0." in text
+    assert "| average | 0.300 | 0.300 | 0.300 |  | 0.333 | +0.500 (+0." in text
+    assert "| the weakest | 0.250 |" in text
+    assert "`analyse`; superpose code c0de, today UTC." in text
     assert text.index("| **stf** | 0.800") < text.index("| average | 0.300")
 
 
@@ -158,3 +169,113 @@ def test_the_network_has_the_published_layout():
     assert len([name for name in names if name.endswith("running_mean")]) == 49
     with torch.inference_mode():
         assert body(torch.zeros(2, 3, 64, 64)).shape == (2, 1280)
+
+
+def test_jobs_that_differ_in_their_factor_or_examples_alone_are_solved_together():
+    def job(part="test", seed=0, merged=(), **options):
+        return Job(grid.Setting("stf", options), seed, part, merged)
+
+    one = job(density=1.0, scaling_factor=0.5)
+    assert one.solved_with == job("validation", scaling_factor=1, density=1.0).solved_with
+    others = [
+        job(density=0.2),
+        job(density=1.0, seed=1),
+        job(density=1.0, merged=("a", "b")),
+        job(ridge=0.1, density=1.0),
+    ]
+    assert len({one.solved_with, *(other.solved_with for other in others)}) == 5
+    assert Job("pretrained", 0, "test").solved_with != Job("fine-tuned", 0, "test").solved_with
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([(1, 10), (2, 20), (5, 21)], 1.0),
+        ([(1, 3), (2, 2), (3, 1)], -1.0),
+        ([(1, 1), (1, 2), (2, 3), (3, 3)], 8 / 9),  # ranks 1.5 1.5 3 4 and 1 2 3.5 3.5
+        ([(1, 2), (2, 1), (3, 4), (4, 3)], 0.6),
+    ],
+)
+def test_correlations_are_of_ranks(pairs, expected):
+    found = analyses.rank_correlation(pairs)
+    assert found["methods"] == len(pairs)
+    assert found["correlation"] == pytest.approx(expected)
+
+
+def test_a_probe_finds_what_features_tell_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 4
+    centres = torch.randn(4, 10, generator=generator)
+    telling = centres[labels] + 0.1 * torch.randn(200, 10, generator=generator)
+    assert probed((telling[:100], labels[:100]), (telling[100:], labels[100:])).accuracy == 1
+    silent = torch.randn(200, 10, generator=generator)
+    assert 0.1 < probed((silent[:100], labels[:100]), (silent[100:], labels[100:])).accuracy < 0.45
+
+
+def test_all_strength_is_left_of_one_task_and_a_part_of_others():
+    generator = torch.Generator().manual_seed(1)
+    task = torch.randn(6, 5, generator=generator)
+    assert analyses.share_answered(task, [thin_svd(task)]) == pytest.approx(1)
+    assert analyses.share_answered(task / 4, [thin_svd(task)]) == pytest.approx(1 / 4)
+    assert analyses.share_answered(task, [thin_svd(task), thin_svd(-task)]) == pytest.approx(0, abs=1e-6)
+
+
+def accuracies(mean):
+    return {"name": "stf (density 1)", "mean": mean, "accuracy": {"a": mean - 0.1, "b": mean + 0.1}}
+
+
+DIFFERENCE = {"value": 0.05, "low": 0.01, "high": 0.09, "above": 1.0}
+FOUND = {
+    "matrices": [accuracies(0.5), accuracies(0.25)],
+    "control": [
+        {"at": "here", "density": 0.2, "scaling_factor": 0.8, "stf": accuracies(0.75), "control": accuracies(0.5),
+         "difference": DIFFERENCE}
+    ],
+    "variations": [
+        {"change": change, **accuracies(0.5), "difference": DIFFERENCE} for change in ({}, {"ridge": 0.1})
+    ],
+    "removed_features": {
+        "none": 0.5,
+        "removed": [{"end": end, "share": 0.5, "mean": 0.25} for end in ("remove_smallest", "remove_largest")],
+    },
+    "density_and_factor": [
+        {"method": "ties", "density": 0.2, "scaling_factor": factor, "mean": factor / 2} for factor in (0.5, 1.0)
+    ],
+    "number_of_tasks": [
+        {"tasks": 2, "merged": ["a", "b"], "method": method, "normalised": share, "mean": 0.5, "factor": factor}
+        for method, share, factor in (("stf", 0.75, 0.8), ("stf", 0.25, 0.4), ("iso_share", 0.9, None))
+    ],
+    "preservation": {
+        "methods": {
+            "stf": {"setting": "", "mean": 0.75,
+                    "layers": {"w": {"at_factor_1": 0.001, "relative": 0.5, "answered": 0.25}}}
+        },
+        "correlations": {
+            measure: {"correlation": -0.5, "methods": 9} for measure in ("at_factor_1", "relative", "answered")
+        },
+    },
+    "held_out": {
+        name: {"accuracy": {"a": 0.25, "b": 0.75}, "less pretrained": DIFFERENCE} for name in ("pretrained", "stf")
+    },
+    "times": {"stf": 3.25, "ties": 1.5},
+}  # fmt: skip
+"""What each analysis finds, made up, and in the page below."""
+SAID = {
+    "matrices": "| stf (density 1) | 0.150 | 0.350 | 0.250 |",
+    "control": "| here | 0.2 | 0.8 | 0.750 | 0.500 | +0.050 (+0.010 to +0.090) |",
+    "variations": "| ridge 0.1 | 0.500 | +0.050 (+0.010 to +0.090) |",
+    "removed_features": "| the weakest | 0.250 |",
+    "density_and_factor": "| ties | 0.2 | 1 | 0.500 | 0.250 to 0.500 |",
+    "number_of_tasks": "| best factor of STF | 0.6 |",
+    "preservation": "| stf | 1.00 | 0.500 | 0.250 | 0.750 |",
+    "held_out": "| stf | 0.250 | 0.750 | 0.500 | +0.050 (+0.010 to +0.090) |",
+    "times": "| ties | 1.5 |\n| stf | 3.2 |",
+}
+
+
+@pytest.mark.parametrize("name", list(analyses.ANALYSES))
+def test_the_page_has_what_each_analysis_found(name):
+    made = {"command": "a command", "made_by": {"code": "c0de", "at": "today"}}
+    text = "\n".join(analysis_page.sections("text", {name: {"found": FOUND[name], **made}}))
+    assert SAID[name] in text
+    assert "`a command`; superpose code c0de, today UTC." in text

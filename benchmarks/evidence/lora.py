@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "adapters"))
 
@@ -20,10 +20,13 @@ import torch
 from finetune import ALPHA, RANK, adapter
 from grid import Setting
 from smollm2 import base_model
-from suite import Answers, Part
+from suite import Answers, Part, source_of
 from tasks import LONGEST, NAMES, Prompts, load_all, padded
+from torch import Tensor, nn
 
-TRAIN, VALIDATION, TEST = 800, 200, 300
+from superpose.demo.encoder import fast_bfloat16
+
+TRAIN, VALIDATION, TEST = 480, 80, 150
 """Examples of each task."""
 BATCH = 16
 
@@ -78,7 +81,8 @@ class LoraSuite:
             from peft import PeftModel
 
             decoder = PeftModel.from_pretrained(decoder, str(model)).merge_and_unload()
-        cut = slice(0, VALIDATION) if part == "validation" else slice(VALIDATION, VALIDATION + TEST)
+        source, count = source_of(part)
+        cut = slice(0, count or VALIDATION) if source == "validation" else slice(VALIDATION, VALIDATION + TEST)
         prompts = _prompts(self.cache)
         return {
             task: right_answers(
@@ -86,6 +90,15 @@ class LoraSuite:
             )
             for task in tasks
         }
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """No tasks."""
+        return ()
+
+    def features(self, model: Path, task: str, part: Literal["train", "test"], count: int) -> tuple[Tensor, Tensor]:
+        """Features of prompts are not asked for: a decoder's tasks are answered in words."""
+        raise NotImplementedError(f"{task}: this benchmark has no heads")
 
     def data(self, setting: Setting, task: str, seed: int) -> dict[str, Any]:
         """Return nothing: methods that look at data are not run here."""
@@ -121,9 +134,10 @@ def right_answers(model: Any, task: Prompts, pad: int) -> Answers:
     for start in range(0, len(order), BATCH):
         batch = order[start : start + BATCH]
         ids, mask = padded([task.held_out[index][0] for index in batch], pad)
-        hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        last = hidden[torch.arange(len(batch)), mask.sum(dim=1) - 1]
-        said = model.lm_head(last)[:, firsts].argmax(dim=1).tolist()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bfloat16()):
+            hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        last = hidden[torch.arange(len(batch)), mask.sum(dim=1) - 1].float()
+        said = nn.functional.linear(last, model.lm_head.weight[firsts]).argmax(dim=1).tolist()
         for index, answer in zip(batch, said, strict=True):
             found[index] = answer == task.held_out[index][1]
     return Answers(found)

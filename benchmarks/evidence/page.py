@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from analysis_page import sections
 from bootstrap import DRAWS, Difference, difference
 from suite import Answers
 
@@ -25,6 +26,8 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 RESULTS = DOCS / "evidence"
 REFERENCE = "stf"
 """The method that every other is compared with."""
+UNTUNED = "iso_share"
+"""That every other is compared with too, at its defaults whatever the others chose."""
 ABOUT = {
     "text": (
         "Text, full fine-tuning",
@@ -34,7 +37,7 @@ ABOUT = {
     "vision": (
         "Vision, full fine-tuning, with convolutions",
         "EfficientNet-lite0 (3.4M weights, 49 BatchNorms) at 64 x 64 pixels, fine-tuned on six image tasks; the bodies"
-        " are merged, each task keeps its head. BatchNorm's statistics are taken anew for every model and task from 512"
+        " are merged, each task keeps its head. BatchNorm's statistics are taken anew for every model and task from 256"
         " unlabelled training images.",
     ),
     "lora": (
@@ -92,21 +95,17 @@ class Entry:
         said = [row["name"].partition(" (")[2].removesuffix(")") or "as it is" for row in self.rows]
         return list(dict.fromkeys(said))
 
-    @property
-    def seconds(self) -> float:
-        """Median time of a merge."""
-        return statistics.median(row["merge_seconds"] for row in self.rows)
-
 
 class Results:
     """Results of one benchmark.
 
     Args:
         content: as `run.py` writes it.
+        analyses: as `analyses.py` writes them.
     """
 
-    def __init__(self, content: Mapping[str, Any]) -> None:
-        self.content = content
+    def __init__(self, content: Mapping[str, Any], analyses: Mapping[str, Any]) -> None:
+        self.content, self.analyses = content, analyses
         self.tasks: list[str] = list(content["tasks"])
         originals: dict[str, list[Mapping[str, Any]]] = {}
         for row in content["originals"]:
@@ -121,12 +120,14 @@ class Results:
         shares = [found[task] / best[task] for found, best in zip(entry.by_seed, alone, strict=True) for task in found]
         return statistics.mean(shares)
 
-    def against(self, entries: Mapping[str, Entry]) -> dict[str, Difference]:
-        """Return how much better the reference is than each of the others."""
+    def against(self, entries: Mapping[str, Entry], reference: Entry | None) -> dict[str, Difference]:
+        """Return how much better a reference is than each of the others; nothing where there is none."""
+        if reference is None:
+            return {}
         return {
-            name: difference(entries[REFERENCE].answers, entry.answers)
+            name: difference(reference.answers, entry.answers)
             for name, entry in entries.items()
-            if name != REFERENCE
+            if entry.answers != reference.answers
         }
 
 
@@ -145,10 +146,12 @@ def tables(found: Results) -> Iterator[str]:
     yield f"{content['machine']}. Rows were made by: {said}.\n"
     yield "### Hyperparameters chosen on validation data\n"
     yield (
-        f"Each method's best of {content['grid_size']} settings (`benchmarks/evidence/grid.py`), chosen for each seed"
-        " on the validation part; numbers are of the test part. ± is the standard deviation of the mean over seeds. The"
-        f" last columns: STF's mean less the row's, with a 95% interval from a paired bootstrap over test examples"
-        f" ({DRAWS:,} draws).\n"
+        f"Each method's best of {content['grid_size']} settings (`benchmarks/evidence/grid.py`), chosen on the"
+        f" validation part with the fine-tunes of seed {content['seeds'][0]}; numbers are of the test part, of all"
+        " seeds. ± is the standard deviation of the mean over seeds. The last columns: how much better than the row"
+        " are STF with its chosen setting, and `iso_share` as it is, without any choice; with 95% intervals from a"
+        " paired bootstrap over"
+        f" test examples ({DRAWS:,} draws).\n"
     )
     yield from _table(found, found.chosen, with_originals=True)
     if REFERENCE in found.chosen:
@@ -157,28 +160,35 @@ def tables(found: Results) -> Iterator[str]:
         yield f"![STF less each method](evidence/{name}-differences.svg)\n"
     yield "### Published defaults\n"
     yield from _table(found, found.defaults, with_originals=False)
+    if found.analyses:
+        yield "### Analyses\n"
+        yield f"Fine-tunes of seed {content['seeds'][0]}.\n"
+        yield from sections(content["benchmark"], found.analyses)
 
 
 def _table(found: Results, entries: Mapping[str, Entry], *, with_originals: bool) -> Iterator[str]:
-    against = found.against(entries) if REFERENCE in entries else {}
-    head = ["method", *found.tasks, "mean", "±", "normalised", "STF less it", "95%", "settings", "s"]
+    against = [
+        found.against(entries, entries.get(REFERENCE)),
+        found.against(entries, found.defaults.get(UNTUNED)),
+    ]
+    head = ["method", *found.tasks, "mean", "±", "normalised", "STF less it", f"{UNTUNED} less it", "settings"]
     yield f"| {' | '.join(head)} |"
-    yield f"|---|{'---:|' * (len(found.tasks) + 5)}---|---:|"
+    yield f"|---|{'---:|' * (len(found.tasks) + 5)}---|"
     if with_originals:
         for entry in found.originals.values():
-            yield _line(found, entry, None, ["", ""])
+            yield _line(found, entry, [None, None], "")
     for name, entry in sorted(entries.items(), key=lambda pair: -pair[1].mean):
-        yield _line(found, entry, against.get(name), ["; ".join(entry.settings), f"{entry.seconds:.1f}"])
+        yield _line(found, entry, [one.get(name) for one in against], "; ".join(entry.settings))
     yield ""
 
 
-def _line(found: Results, entry: Entry, other: Difference | None, rest: Sequence[str]) -> str:
-    compared = ["", ""] if other is None else [f"{other.value:+.3f}", f"{other.low:+.3f} to {other.high:+.3f}"]
+def _line(found: Results, entry: Entry, against: Sequence[Difference | None], settings: str) -> str:
+    compared = ["" if one is None else f"{one.value:+.3f} ({one.low:+.3f} to {one.high:+.3f})" for one in against]
     spread = "" if math.isnan(entry.spread) else f"{entry.spread:.3f}"
     cells = [
         f"**{entry.name}**" if entry.name == REFERENCE else entry.name,
         *(f"{entry.task(task):.3f}" for task in found.tasks),
-        f"{entry.mean:.3f}", spread, f"{found.normalised(entry):.3f}", *compared, *rest,
+        f"{entry.mean:.3f}", spread, f"{found.normalised(entry):.3f}", *compared, settings,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -198,12 +208,17 @@ def numbers(results: Mapping[str, Results]) -> dict[str, str]:
 
 def all_results() -> dict[str, Results]:
     """Return the results that there are, by benchmark."""
-    files = {name: RESULTS / f"{name}.json" for name in ABOUT}
-    return {name: Results(json.loads(file.read_text("utf-8"))) for name, file in files.items() if file.exists()}
+
+    def content(name: str) -> dict[str, Any]:
+        file = RESULTS / f"{name}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    return {name: Results(found, content(f"{name}-analyses")) for name in ABOUT if (found := content(name))}
 
 
 def draw(results: Mapping[str, Results]) -> None:
     """Write the figures."""
+    from analysis_plots import draw as draw_analyses
     from plots import differences_figure, methods_figure
 
     for name, found in results.items():
@@ -212,7 +227,10 @@ def draw(results: Mapping[str, Results]) -> None:
         lines = {original: entry.mean for original, entry in found.originals.items()}
         methods_figure(RESULTS / f"{name}-methods", chosen, default, lines)
         if REFERENCE in found.chosen:
-            differences_figure(RESULTS / f"{name}-differences", REFERENCE, found.against(found.chosen))
+            differences_figure(
+                RESULTS / f"{name}-differences", REFERENCE, found.against(found.chosen, found.chosen[REFERENCE])
+            )
+        draw_analyses(RESULTS, name, found.analyses)
 
 
 def page() -> str:

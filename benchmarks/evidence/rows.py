@@ -41,7 +41,7 @@ class Row:
         merged: names of the tasks that were merged.
         part: of the examples.
         answers: by task, packed.
-        merge_seconds: wall-clock time of the merge.
+        merge_seconds: wall-clock time of the merge, beside other work, and less where another had solved for it.
         scored_seconds: of the scoring.
         made_by: versions, code, date.
         stats: what the merge's record says of it.
@@ -82,7 +82,14 @@ class Evaluated:
         self.suite, self.folder = suite, folder
 
     def row(
-        self, setting: Setting | str, seed: int, part: Part, merged: Sequence[str] = (), scored: Sequence[str] = ()
+        self,
+        setting: Setting | str,
+        seed: int,
+        part: Part,
+        merged: Sequence[str] = (),
+        scored: Sequence[str] = (),
+        *,
+        cache: Path | None = None,
     ) -> Row:
         """Return the row of a setting, made now if it is not there.
 
@@ -92,6 +99,7 @@ class Evaluated:
             part: of the examples.
             merged: names of the tasks that are merged; all if none is named.
             scored: names of the tasks that are scored; all if none is named.
+            cache: folder of solutions that other merges may share.
         """
         merged, scored = list(merged or self.suite.tasks), list(scored or self.suite.tasks)
         name = setting if isinstance(setting, str) else setting.text
@@ -103,7 +111,7 @@ class Evaluated:
         words = "".join(letter if letter.isalnum() else "-" for letter in name)[:60]
         file = self.folder / self.suite.name / f"{words}-{seed}-{part}-{mark}.json"
         if not file.exists():
-            made = self._made(setting, name, seed, part, merged, scored)
+            made = self._made(setting, name, seed, part, merged, scored, cache)
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{os.getpid()}.partial")
             partial.write_text(json.dumps(asdict(made), indent=1), encoding="utf-8")
@@ -112,7 +120,14 @@ class Evaluated:
         return Row(**json.loads(file.read_text(encoding="utf-8")))
 
     def _made(
-        self, setting: Setting | str, name: str, seed: int, part: Part, merged: Sequence[str], scored: Sequence[str]
+        self,
+        setting: Setting | str,
+        name: str,
+        seed: int,
+        part: Part,
+        merged: Sequence[str],
+        scored: Sequence[str],
+        cache: Path | None,
     ) -> Row:
         row = Row(
             self.suite.name, seed, name, {} if isinstance(setting, str) else asdict(setting), merged, part,
@@ -132,7 +147,7 @@ class Evaluated:
                 "base": str(self.suite.base), "models": models, "method": setting.method,
                 "options": dict(setting.options), "rules": list(self.suite.rules),
             }  # fmt: skip
-            record = superpose.merge(recipe, scratch / "merged", workers=1)
+            record = superpose.merge(recipe, scratch / "merged", workers=1, cache=cache)
             row = replace(row, merge_seconds=record.totals["seconds"], stats={"warnings": len(record.warnings)})
             places = dict.fromkeys(scored, scratch / "merged")
             if find_method(setting.method).beside is not None:  # a model for each task

@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from grid import Setting
+from torch import Tensor
 
-Part = Literal["validation", "test"]
-"""Held-out examples on which hyperparameters are chosen, and those of the final numbers."""
+Part = Literal["validation", "few", "test"]
+"""Held-out examples on which hyperparameters are chosen, the first of these for wide sweeps, and those of the final
+numbers."""
+FEW = 100
+"""Of each task's validation examples, for sweeps of many settings."""
+
+
+def source_of(part: str) -> tuple[str, int | None]:
+    """Return which of a task's examples a part is taken from, and how many of them: None for all."""
+    return ("validation", FEW) if part == "few" else (part, None)
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,25 @@ class Suite(Protocol):
             seed: of the fine-tunes that heads are from.
             part: of the examples.
         """
+        ...
+
+    def features(self, model: Path, task: str, part: Literal["train", "test"], count: int) -> tuple[Tensor, Tensor]:
+        """Return what a model makes of a task's first examples before any head, and their classes.
+
+        Args:
+            model: its folder.
+            task: name of the task; of those held out too.
+            part: of the examples.
+            count: of examples, at most.
+
+        Returns:
+            Features, shape (examples, width), and classes, shape (examples,).
+        """
+        ...
+
+    @property
+    def held_out(self) -> Sequence[str]:
+        """Names of tasks that no model is fine-tuned on; `features` knows them."""
         ...
 
     def data(self, setting: Setting, task: str, seed: int) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from archives import fetch
 from grid import Setting
-from suite import Answers, Part
-from text_tasks import TASKS, Examples, TextTask, load
+from suite import Answers, Part, source_of
+from text_tasks import HELD_OUT, TASKS, Examples, TextTask, load
+from torch import Tensor
 
 from superpose.demo.encoder import EncodedTask, Labelled, base_folder, features, load_body, load_tokenizer
 from superpose.demo.finetune import HEAD_FILE, FineTuned, Training, finetune
@@ -81,6 +82,22 @@ class TextSuite:
             task: right_answers(body, self._finetuned(task, seed), labelled(self.cache, task, part)) for task in tasks
         }
 
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Names of the tasks that no model is fine-tuned on."""
+        return tuple(task.name for task in HELD_OUT)
+
+    def features(self, model: Path, task: str, part: Literal["train", "test"], count: int) -> tuple[Tensor, Tensor]:
+        """Return the mean hidden states of a task's first texts, and their classes."""
+        found = labelled(self.cache, task, part)
+        ids, labels = found.token_ids[:count], torch.tensor(found.labels[:count])
+        body = load_body(model)
+        rows = torch.empty(len(ids), body.config.hidden_size)
+        with torch.no_grad():
+            for batch in batches(ids):
+                rows[batch] = features(body, [ids[i] for i in batch])
+        return rows, labels
+
     def data(self, setting: Setting, task: str, seed: int) -> dict[str, Any]:
         """Return the training examples that a method which looks at data sees, and statistics of them."""
         if not (setting.data or setting.statistics):
@@ -126,7 +143,7 @@ def training(seed: int) -> Training:
 
 
 def _task(name: str) -> TextTask:
-    return next(task for task in TASKS if task.name == name)
+    return next(task for task in (*TASKS, *HELD_OUT) if task.name == name)
 
 
 @cache
@@ -139,7 +156,8 @@ def examples(cache_folder: Path, name: str) -> Examples:
 def labelled(cache_folder: Path, name: str, part: str) -> Labelled:
     """Return a part of a task's examples as tokens."""
     tokenizer = load_tokenizer(base_folder(fetch("minilm", cache_folder), cache_folder / "models"))
-    texts, labels = zip(*getattr(examples(cache_folder, name), part), strict=True)
+    source, count = source_of(part)
+    texts, labels = zip(*getattr(examples(cache_folder, name), source)[:count], strict=True)
     return Labelled(tokenizer(list(texts), truncation=True, max_length=LONGEST)["input_ids"], labels)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -23,14 +23,15 @@ from archives import ARCHIVES, fetch
 from efficientnet import FEATURES, Body, published
 from grid import Setting
 from image_tasks import TASKS, Examples, Images, load
-from suite import Answers, Part
+from suite import Answers, Part, source_of
 from torch import Tensor, nn
 
+from superpose.demo.encoder import fast_bfloat16
 from superpose.demo.folders import complete_folder
 
 TRAIN, VALIDATION, TEST = 2000, 300, 500
 """Images of each task."""
-UNLABELLED = 512
+UNLABELLED = 256
 """Training images from which BatchNorm's statistics are taken."""
 BATCH = 64
 
@@ -108,8 +109,26 @@ class VisionSuite:
             examples = _examples(self.cache, task)
             take_statistics(body, examples.train.pixels[:UNLABELLED])
             head = safetensors.torch.load_file(self.finetune(task, seed).parent / "head.safetensors")
-            found[task] = right_answers(body, head, getattr(examples, part))
+            source, count = source_of(part)
+            images: Images = getattr(examples, source)
+            found[task] = right_answers(body, head, Images(images.pixels[:count], images.labels[:count]))
         return found
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """No tasks: there are six with labels, and all are merged."""
+        return ()
+
+    @torch.no_grad()
+    def features(self, model: Path, task: str, part: Literal["train", "test"], count: int) -> tuple[Tensor, Tensor]:
+        """Return the pooled features of a task's first images, and their classes."""
+        body, examples = load_body(model), _examples(self.cache, task)
+        take_statistics(body, examples.train.pixels[:UNLABELLED])
+        images: Images = getattr(examples, part)
+        pixels = images.pixels[:count]
+        with _arithmetic():
+            rows = [body(as_input(pixels[start : start + BATCH])).float() for start in range(0, len(pixels), BATCH)]
+        return torch.cat(rows), torch.from_numpy(images.labels[:count])
 
     def data(self, setting: Setting, task: str, seed: int) -> dict[str, Any]:
         """Return nothing: methods that look at data are not run here."""
@@ -171,6 +190,11 @@ def train(body: Body, examples: Examples, training: Training, seed: int) -> nn.L
     return head
 
 
+def _arithmetic() -> torch.autocast:
+    """Return the arithmetic of scoring, the same for every model: bfloat16 where the processor has it."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bfloat16())
+
+
 @torch.no_grad()
 def take_statistics(body: Body, pixels: np.ndarray) -> None:
     """Set BatchNorm's running statistics to the mean of those of batches of these images."""
@@ -179,8 +203,9 @@ def take_statistics(body: Body, pixels: np.ndarray) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over batches
     body.train()
-    for start in range(0, len(pixels), BATCH):
-        body(as_input(pixels[start : start + BATCH]))
+    with _arithmetic():
+        for start in range(0, len(pixels), BATCH):
+            body(as_input(pixels[start : start + BATCH]))
     body.eval()
 
 
@@ -189,7 +214,9 @@ def right_answers(body: Body, head: Mapping[str, Tensor], part: Images) -> Answe
     """Return, in the images' order, whether the class with the largest logit is theirs."""
     found: list[bool] = []
     for start in range(0, len(part.labels), BATCH):
-        logits = nn.functional.linear(body(as_input(part.pixels[start : start + BATCH])), head["weight"], head["bias"])
+        with _arithmetic():
+            features = body(as_input(part.pixels[start : start + BATCH])).float()
+        logits = nn.functional.linear(features, head["weight"], head["bias"])
         labels = torch.from_numpy(part.labels[start : start + BATCH])
         found += (logits.argmax(dim=1) == labels).tolist()
     return Answers(found)
