@@ -122,8 +122,12 @@ def _trimmed(tasks: int) -> list[Options]:
 _GRIDS = {
     "task_arithmetic": lambda tasks: scaled(_sums(tasks)),
     "trimmed_task_arithmetic": _trimmed,
-    "stf": _trimmed,
-    "ties": lambda _: crossed("density", [0.1, 0.2], "scaling_factor", [1.0, 1.5, 2.0, 2.5]),
+    # What is solved for overlaps less, and takes larger factors than a sum.
+    "stf": lambda tasks: [
+        *crossed("density", [0.2], "scaling_factor", _sums(tasks, (3.0, 4.5, 6.4, 8.0))),
+        *crossed("density", [1.0], "scaling_factor", _sums(tasks, (2.0, 3.0, 4.0, 6.0))),
+    ],
+    "ties": lambda _: crossed("density", [0.1, 0.2], "scaling_factor", [0.7, 1.0, 1.5, 2.0]),
     "dare": lambda tasks: crossed("density", [0.5, 0.8], "scaling_factor", _sums(tasks, (1.5, 2.0, 3.0, 4.0))),
     "dare_ties": lambda _: crossed("density", [0.5, 0.8], "scaling_factor", [0.7, 1.0, 1.5, 2.0]),
     "della": lambda _: crossed("density", [0.5, 0.7], "scaling_factor", [0.7, 1.1, 1.5, 2.0]),
@@ -131,7 +135,7 @@ _GRIDS = {
         *scaled(_sums(tasks, (2.0, 3.2, 4.5, 6.0)), density=0.2, remove_top=0.1),
         *scaled(_sums(tasks, (1.5, 2.0, 3.0, 4.0)), density=0.8, remove_top=0.01),
     ],
-    "pcb": lambda _: crossed("density", [0.1, 0.2], "scaling_factor", [0.8, 1.2, 1.6, 2.0]),
+    "pcb": lambda _: crossed("density", [0.1, 0.2], "scaling_factor", [0.5, 0.8, 1.2, 1.6]),
     "metagpt": lambda _: [
         {"density": 1.0},
         *crossed("density", [0.2, 0.55], "process", ["trim", "ties", "dare"]),
@@ -143,7 +147,7 @@ _GRIDS = {
     "tsv": lambda _: scaled(MEANS),
     "iso_c": lambda _: scaled(MEANS),
     "iso_share": lambda _: crossed("background", [0.1, 0.3], "scaling_factor", [0.7, 0.85, 1.0, 1.2]),
-    "iso_cts": lambda _: crossed("common_fraction", [0.6, 0.8], "scaling_factor", [1.0, 1.5, 2.0, 2.5]),
+    "iso_cts": lambda _: crossed("common_fraction", [0.6, 0.8], "scaling_factor", [0.8, 1.5, 2.2, 3.0]),
     "knots": lambda _: crossed("density", [0.2, 1.0], "scaling_factor", [0.6, 1.0, 1.5, 2.0]),
     "fisher": lambda _: crossed("normalise", [True, False], "floor", [1e-6, 1e-4, 1e-3, 1e-2]),
     "regmean": lambda _: crossed("alpha", [0.1, 0.5, 0.9, 1.0], "ridge", [1e-6, 1e-2]),
