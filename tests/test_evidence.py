@@ -139,16 +139,19 @@ def test_the_page_has_the_numbers_of_the_results(tmp_path, monkeypatch):
     good, fair, bad = [True] * 9 + [False], [True] * 8 + [False] * 2, [True] * 3 + [False] * 7
     content = {
         "benchmark": "text", "machine": "a machine", "command": "a command", "mark": "a mark", "seeds": [0],
-        "tasks": ["a", "b"], "grid_size": 8, "originals": [row("pretrained", bad), row("fine-tuned", good)],
+        "tasks": ["a", "b"], "sizes": {"a": [9, 5, 7]}, "grid_size": 8,
+        "originals": [row("pretrained", bad), row("fine-tuned", good)],
         "methods": [
-            {"name": "stf", "default": [row("stf", bad)], "chosen": [row("stf (density 1)", fair)], "validation": {}},
-            {"name": "average", "default": [row("average", bad)], "chosen": [], "validation": {}},
+            {"name": "stf", "looks_at_data": False, "default": [row("stf", bad)],
+             "chosen": [row("stf (density 1)", fair)], "validation": {}},
+            {"name": "average", "looks_at_data": True, "default": [row("average", bad)], "chosen": [],
+             "validation": {}},
         ],
     }  # fmt: skip
     (tmp_path / "evidence").mkdir()
     (tmp_path / "evidence" / "text.json").write_text(json.dumps(content), encoding="utf-8")
     removed = [{"end": end, "share": 0.5, "mean": 0.25} for end in ("remove_smallest", "remove_largest")]
-    made = {"command": "analyse", "made_by": {"code": "c0de", "at": "today"}}
+    made = {"command": "analyse", "made_by": {"code": "c0de", "at": "today"}, "machine": "a machine"}
     analyses = {"removed_features": {"found": {"none": 0.5, "removed": removed}, **made}}
     (tmp_path / "evidence" / "text-analyses.json").write_text(json.dumps(analyses), encoding="utf-8")
     (tmp_path / "evidence" / "summary.md").write_text("STF {text_stf}, {text_fine_tuned} alone.\n", encoding="utf-8")
@@ -156,10 +159,10 @@ def test_the_page_has_the_numbers_of_the_results(tmp_path, monkeypatch):
     text = page.page()
     assert "STF 0.800, 0.900 alone." in text
     assert "| **stf** | 0.800 | 0.800 | 0.800 |  | 0.889 |" in text
-    assert "| average | 0.300 | 0.300 | 0.300 |  | 0.333 | +0.500 (+0." in text
+    assert "| average (sees data) | 0.300 | 0.300 | 0.300 |  | 0.333 | +0.500 (+0." in text
     assert "| the weakest | 0.250 |" in text
-    assert "`analyse`; superpose code c0de, today UTC." in text
-    assert text.index("| **stf** | 0.800") < text.index("| average | 0.300")
+    assert "`analyse`; superpose code c0de, today UTC, a machine." in text
+    assert text.index("| **stf** | 0.800") < text.index("| average (sees data) | 0.300")
 
 
 def test_the_network_has_the_published_layout():
@@ -232,7 +235,8 @@ FOUND = {
          "difference": DIFFERENCE}
     ],
     "variations": [
-        {"change": change, **accuracies(0.5), "difference": DIFFERENCE} for change in ({}, {"ridge": 0.1})
+        {"to": "the chosen", "change": change, **accuracies(0.5), "difference": DIFFERENCE}
+        for change in ({}, {"ridge": 0.1})
     ],
     "removed_features": {
         "none": 0.5,
@@ -263,7 +267,7 @@ FOUND = {
 SAID = {
     "matrices": "| stf (density 1) | 0.150 | 0.350 | 0.250 |",
     "control": "| here | 0.2 | 0.8 | 0.750 | 0.500 | +0.050 (+0.010 to +0.090) |",
-    "variations": "| ridge 0.1 | 0.500 | +0.050 (+0.010 to +0.090) |",
+    "variations": "| the chosen | ridge 0.1 | 0.500 | +0.050 (+0.010 to +0.090) |",
     "removed_features": "| the weakest | 0.250 |",
     "density_and_factor": "| ties | 0.2 | 1 | 0.500 | 0.250 to 0.500 |",
     "number_of_tasks": "| best factor of STF | 0.6 |",
@@ -275,7 +279,7 @@ SAID = {
 
 @pytest.mark.parametrize("name", list(analyses.ANALYSES))
 def test_the_page_has_what_each_analysis_found(name):
-    made = {"command": "a command", "made_by": {"code": "c0de", "at": "today"}}
+    made = {"command": "a command", "made_by": {"code": "c0de", "at": "today"}, "machine": "a machine"}
     text = "\n".join(analysis_page.sections("text", {name: {"found": FOUND[name], **made}}))
     assert SAID[name] in text
-    assert "`a command`; superpose code c0de, today UTC." in text
+    assert "`a command`; superpose code c0de, today UTC, a machine." in text

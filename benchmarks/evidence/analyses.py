@@ -29,7 +29,7 @@ from grid import LEFT_OUT, SPECTRAL, Setting
 from jobs import NAMES, Bench, Job, suite_of, working_on
 from measuring import machine
 from probe import probed
-from rows import Row, made_by
+from rows import Evaluated, Row, made_by, scratch_of
 from safetensors.torch import load_file
 from suite import Answers
 
@@ -39,6 +39,7 @@ from superpose.demo.folders import scratch_folder
 from superpose.maths.matrices import acts_as_matrix
 from superpose.maths.measures import feature_preservation
 from superpose.maths.svd import Features, thin_svd
+from superpose.own_code import code_digest
 from superpose.registry import find_method
 
 RESULTS = Path(__file__).parent.parent.parent / "docs" / "evidence"
@@ -46,8 +47,8 @@ SEED = 0
 SHARES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 """Of the features, that are removed."""
 DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
-SUM_FACTORS = (0.1, 0.2, 0.3, 0.5, 0.8, 1.2)
-"""On sums of task vectors: STF and its control."""
+SUMS = (0.8, 1.6, 2.4, 4.0, 6.4, 9.6)
+"""Times 1 / T: factors on sums of T task vectors, of STF and its control."""
 MEAN_FACTORS = (0.5, 0.8, 1.2, 1.6, 2.0, 2.5)
 """On elected values: TIES and PCB; and on flat spectra."""
 PROBED = 500
@@ -70,7 +71,7 @@ def number_of_tasks(bench: Bench, chosen: Chosen) -> Any:
     """Two tasks to all: the best factor of each number, and what is left of each task (Figures 3b and v1's 1b).
 
     Tasks are runs of neighbours in the benchmark's order, from its beginning and from its middle. Factors are chosen on
-    the few validation examples, numbers are of the test part.
+    the few validation examples, numbers are of the test part; other options are those chosen for all tasks.
     """
     names, found = list(bench.suite.tasks), []
     counts = [count for count in (2, 3, 4, 6, 8) if count < len(names)] + [len(names)]
@@ -83,7 +84,8 @@ def number_of_tasks(bench: Bench, chosen: Chosen) -> Any:
         for begin in (0, len(names) // 2) if count < len(names) else (0,):
             merged = tuple((names + names)[begin : begin + count])
             for method, setting in swept.items():
-                factors = SUM_FACTORS if method in ("stf", "task_arithmetic") else MEAN_FACTORS
+                is_sum = method in ("stf", "task_arithmetic")
+                factors = [round(one / count, 4) for one in SUMS] if is_sum else MEAN_FACTORS
                 cells.append((count, merged, method, [setting(factor) for factor in factors]))
             cells.append((count, merged, "iso_share", [Setting("iso_share")]))
     tried = [Job(one, SEED, "few", merged, merged) for _, merged, _, some in cells if len(some) > 1 for one in some]
@@ -107,7 +109,10 @@ def number_of_tasks(bench: Bench, chosen: Chosen) -> Any:
 def density_and_factor(bench: Bench, chosen: Chosen) -> Any:
     """How STF, its control, TIES and PCB react to density and scaling factor (Figures 3c, 3d), on validation data."""
     del chosen
-    swept = {"stf": SUM_FACTORS, "trimmed_task_arithmetic": SUM_FACTORS, "ties": MEAN_FACTORS, "pcb": MEAN_FACTORS}
+    sums = [round(one / len(bench.suite.tasks), 4) for one in SUMS]
+    swept: dict[str, Sequence[float]] = {
+        "stf": sums, "trimmed_task_arithmetic": sums, "ties": MEAN_FACTORS, "pcb": MEAN_FACTORS
+    }  # fmt: skip
     settings = [
         Setting(method, {"density": density, "scaling_factor": factor})
         for method, factors in swept.items()
@@ -147,24 +152,37 @@ def removed_features(bench: Bench, chosen: Chosen) -> Any:
 
 
 def variations(bench: Bench, chosen: Chosen) -> Any:
-    """A ridge, densities counted over the whole model, fewer features: one change each to STF's chosen setting."""
-    mine = dict(chosen["stf"].options)
+    """A ridge, fewer features, densities counted over the whole model: one change each to a setting of STF.
+
+    The first two to its chosen setting, the last to its published defaults, where something is trimmed.
+    """
+    mine, found = dict(chosen["stf"].options), []
     changes: list[dict[str, Any]] = [{}]
     changes += [{"ridge": value} for value in (1e-3, 1e-2, 1e-1, 1.0)]
     changes += [{"feature_share": value} for value in (0.5, 0.2, 0.1, 0.05)]
-    changes += [{"density": 0.2, "density_scope": scope} for scope in ("tensor", "model")]
-    rows = bench.rows([Job(Setting("stf", {**mine, **change}), SEED, "test") for change in changes])
-    return [{"change": change, **described(row), "difference": asdict(difference([row.answers], [rows[0].answers]))}
-            for change, row in zip(changes, rows, strict=True)]  # fmt: skip
+    for base, some in ((mine, changes), ({}, [{}, {"density_scope": "model"}])):
+        rows = bench.rows([Job(Setting("stf", {**base, **change}), SEED, "test") for change in some])
+        found += [
+            {"to": "the chosen" if base else "the defaults", "change": change, **described(row),
+             "difference": asdict(difference([row.answers], [rows[0].answers]))}
+            for change, row in zip(some, rows, strict=True)
+        ]  # fmt: skip
+    return found
 
 
 def preservation(bench: Bench, chosen: Chosen) -> Any:
     """How well every method answers the tasks' features, layer by layer (Figures 1a and 4), and what that says of it.
 
-    At factor 1 as in the paper's appendix, and as merged with the chosen setting. Spearman's correlation with the mean
-    accuracy is over methods.
+    At factor 1 as in the paper's appendix (methods without a factor: as merged), and as merged with the chosen setting.
+    Spearman's correlation with the mean accuracy is over methods that make one model from weights alone, and that do
+    not all do the same: where there is a row that decomposes kernels, it stands for its method.
     """
-    settings = {name: one for name, one in chosen.items() if find_method(one.method).beside is None}
+    settings = {
+        name: one
+        for name, one in chosen.items()
+        if find_method(one.method).beside is None and not one.data and not one.statistics
+        and (name not in SPECTRAL or _kernels(chosen, name) == name)
+    }  # fmt: skip
     found = bench.each(_preserved, [(bench.name, bench.out, one) for one in settings.values()])
     rows = bench.rows([Job(one, SEED, "test") for one in settings.values()])
     by_method = {
@@ -200,7 +218,10 @@ def held_out(bench: Bench, chosen: Chosen) -> Any:
 
 
 def times(bench: Bench, chosen: Chosen) -> Any:
-    """Seconds of one merge at published defaults, nothing else running, on all cores; the median of three."""
+    """Seconds of one merge at published defaults, on all cores; the median of three. Run it with nothing beside it.
+
+    Left out are methods that look at data: what they look at is computed before.
+    """
     del chosen
     models = [{"path": str(path)} for path in bench.suite.tuned(SEED)]
     found = {}
@@ -210,7 +231,7 @@ def times(bench: Bench, chosen: Chosen) -> Any:
         recipe = {"base": str(bench.suite.base), "models": models, "method": method.name}
         taken = []
         for _ in range(3):
-            with scratch_folder(bench.out / "rows" / "scratch") as scratch:
+            with scratch_folder(scratch_of(bench.name, bench.out)) as scratch:
                 started = time.perf_counter()
                 superpose.merge(recipe, scratch / "merged")
                 taken.append(time.perf_counter() - started)
@@ -229,7 +250,9 @@ ANALYSES: Mapping[str, Callable[[Bench, Chosen], Any]] = {
     "held_out": held_out,
     "times": times,
 }
-"""By name, in the order of the page; times last, when nothing else runs."""
+"""By name; times last, when nothing else runs."""
+NOT_FOR = {"lora": ("preservation", "held_out")}
+"""Analyses that a benchmark has nothing for: merged adapters have no head, and their matrices are the factors'."""
 
 
 def _fixed(setting: Setting) -> dict[str, Any]:
@@ -253,8 +276,8 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 
 def _kept(folder: Path, what: str, make: Callable[[], Any]) -> Any:
-    """Return what was found under this description, found now if it is not there."""
-    file = folder / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+    """Return what this code found under this description, found now if it is not there."""
+    file = folder / f"{hashlib.sha256(f'{code_digest()} {what}'.encode()).hexdigest()[:16]}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
@@ -268,7 +291,7 @@ def _preserved(name: str, out: Path, setting: Setting) -> dict[str, Any]:
     suite = suite_of(name, out)
 
     def measured() -> dict[str, Any]:
-        with scratch_folder(out / "rows" / "scratch") as scratch:
+        with scratch_folder(scratch_of(name, out)) as scratch:
             models = [
                 {"path": str(path), "name": task, **suite.data(setting, task, SEED)}
                 for task, path in zip(suite.tasks, suite.tuned(SEED), strict=True)
@@ -290,13 +313,17 @@ def _preserved(name: str, out: Path, setting: Setting) -> dict[str, Any]:
             }  # fmt: skip
         return layers
 
-    return _kept(out / "rows" / f"{name}-preservation", f"{suite.mark} {setting}", measured)
+    return _kept(out / "rows" / f"{name}-preservation", f"measured {_key(name, out, setting)}", measured)
 
 
 def share_answered(update: torch.Tensor, tasks: Sequence[Features]) -> float:
     """Return sum s (u . M v) / sum s^2 over all features: the strength that is left, 1 if all of it is."""
     answered = sum(float((task.s * ((task.u.T @ update) * task.vh).sum(dim=1)).sum()) for task in tasks)
     return answered / sum(float(task.s.square().sum()) for task in tasks)
+
+
+def _key(name: str, out: Path, setting: Setting | str) -> str:
+    return Evaluated(suite_of(name, out), out / "rows").mark(setting, SEED, "")
 
 
 @cache
@@ -321,7 +348,7 @@ def _probe(name: str, out: Path, setting: Setting | str, task: str) -> str:
     def answers() -> str:
         if isinstance(setting, str):
             return _answers(name, out, suite.base, task)
-        with scratch_folder(out / "rows" / "scratch") as scratch:
+        with scratch_folder(scratch_of(name, out)) as scratch:
             models = [
                 {"path": str(path), "name": other}
                 for other, path in zip(suite.tasks, suite.tuned(SEED), strict=True)
@@ -332,7 +359,7 @@ def _probe(name: str, out: Path, setting: Setting | str, task: str) -> str:
             superpose.merge(recipe, scratch / "merged", workers=1)
             return _answers(name, out, scratch / "merged", task)
 
-    return _kept(out / "rows" / f"{name}-probes", f"{suite.mark} {PROBED} {task} {setting}", answers)
+    return _kept(out / "rows" / f"{name}-probes", f"{PROBED} of {task} {_key(name, out, setting)}", answers)
 
 
 def _answers(name: str, out: Path, model: Path, task: str) -> str:
@@ -358,7 +385,7 @@ def main() -> None:
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     with working_on(asked.benchmark, asked.out.absolute(), asked.workers) as bench:
         bench.finetune([SEED])
-        for name in asked.only:
+        for name in [one for one in asked.only if one not in NOT_FOR.get(asked.benchmark, ())]:
             started = time.time()
             result = ANALYSES[name](bench, chosen)
             found[name] = {

@@ -23,7 +23,8 @@ def sections(name: str, analyses: Mapping[str, Any]) -> Iterator[str]:
         one = analyses[analysis]
         yield f"#### {title}\n"
         yield from lines(name, one["found"])
-        yield f"`{one['command']}`; superpose code {one['made_by']['code']}, {one['made_by']['at']} UTC.\n"
+        made = one["made_by"]
+        yield f"`{one['command']}`; superpose code {made['code']}, {made['at']} UTC, {one['machine']}.\n"
 
 
 def table(head: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> Iterator[str]:
@@ -78,11 +79,11 @@ def _control(name: str, found: Content) -> Iterator[str]:
 
 def _variations(name: str, found: Content) -> Iterator[str]:
     del name
-    yield "One change each to STF's chosen setting; the difference is to that, with a 95% interval.\n"
+    yield "One change each to a setting of STF; the difference is to that setting, with a 95% interval.\n"
     yield from table(
-        ["change", "mean", "less the chosen"],
-        [[_said(one["change"]) or "none", f"{one['mean']:.3f}", interval(one["difference"]) if one["change"] else ""]
-         for one in found],
+        ["to", "change", "mean", "difference"],
+        [[one["to"], _said(one["change"]) or "none", f"{one['mean']:.3f}",
+          interval(one["difference"]) if one["change"] else ""] for one in found],
     )  # fmt: skip
 
 
@@ -129,8 +130,9 @@ def by_count(found: Content, value: str) -> dict[str, dict[int, float]]:
 def _number_of_tasks(name: str, found: Content) -> Iterator[str]:
     yield (
         "Accuracy as a share of the fine-tuned models' own, each method with the best of six factors for each set of"
-        " tasks, chosen on 100 validation examples a task (`iso_share`: as it is); mean of two sets of neighbouring"
-        " tasks (Figures 3b and v1's 1b). The papers found STF's best factor to fall with the number of tasks.\n"
+        " tasks, chosen on 100 validation examples a task (`iso_share`: as it is), other options as for all tasks; mean"
+        " of two sets of neighbouring tasks, but for the last number (Figures 3b and v1's 1b). The papers found"
+        " STF's best factor to fall with the number of tasks.\n"
     )
     yield figure(name, "number_of_tasks", "normalised accuracy and best factor by number of tasks")
     shares, factors = by_count(found, "normalised"), by_count(found, "factor")
@@ -143,8 +145,9 @@ def _number_of_tasks(name: str, found: Content) -> Iterator[str]:
 def _preservation(name: str, found: Content) -> Iterator[str]:
     yield (
         "How the tasks' features are answered by the merged matrices, averaged over matrices. *At factor 1*: the"
-        " paper's metric (Appendix A), mean |⟨s u, M v - s u⟩|, times 1000; *relative*: mean |u·Mv / s - 1| of the"
-        " matrices as merged; *answered*: the strength that is left of all features, 1 for all of it.\n"
+        " paper's metric (Appendix A), mean |⟨s u, M v - s u⟩|, times 1000; methods without a factor as merged."
+        " *Relative*: mean |u·Mv / s - 1| of the matrices as merged, in which the faintest features count as much as"
+        " the strongest; *answered*: the strength that is left of all features as merged, 1 for all of it.\n"
     )
     yield figure(name, "preservation", "preservation by layer, and accuracy against it")
     measures = ("at_factor_1", "relative", "answered")
@@ -164,7 +167,8 @@ def _held_out(name: str, found: Content) -> Iterator[str]:
     del name
     yield (
         "Tasks that were not merged: each task left out of the merge in turn, and scored by a linear probe on the"
-        " merged model's features (500 training examples, 500 test examples). Settings as chosen for all tasks.\n"
+        " merged model's features (500 training examples, 500 test examples). Settings as chosen for all tasks, this"
+        " one among them, so that they are not quite without it.\n"
     )
     tasks = list(found["pretrained"]["accuracy"])
     rows = []
@@ -177,7 +181,10 @@ def _held_out(name: str, found: Content) -> Iterator[str]:
 
 def _times(name: str, found: Content) -> Iterator[str]:
     del name
-    yield "Seconds of one merge at published defaults, median of three, nothing else running, all cores.\n"
+    yield (
+        "Seconds of one merge at published defaults, median of three, on all cores. Left out: `slerp`, which merges"
+        " two, and methods that look at data.\n"
+    )
     ordered = sorted(found.items(), key=lambda pair: pair[1])
     yield from table(["method", "s"], [[method, f"{seconds:.1f}"] for method, seconds in ordered])
 

@@ -74,20 +74,18 @@ def _layers(found: Any, figure: Any) -> None:
     left, right = figure.subplots(1, 2, width_ratios=[2, 1])
     figure.set_size_inches(10, 3.6)
     for method, one in found["methods"].items():
-        relative = [layer["relative"] for layer in one["layers"].values()]
-        short = method.partition(",")[0]
+        layers, short = list(one["layers"].values()), method.partition(",")[0]
         if short in SHOWN:
-            left.plot(relative, label=method, linewidth=1.8 if short in ("stf", "iso_share") else 0.9)
-        right.plot(
-            [statistics.mean(relative)], [one["mean"]], "o", color=LINE if short in SHOWN else FAINT, markersize=4
-        )
-        right.annotate(method.partition(",")[0], (statistics.mean(relative), one["mean"]), fontsize=5)
-    left.set_xlabel("matrix, in the model's order")
-    left.set_ylabel("mean |u·Mv / s - 1|, as merged")
+            thick = 1.8 if short in ("stf", "iso_share") else 0.9
+            left.plot([1000 * layer["at_factor_1"] for layer in layers], label=short, linewidth=thick)
+        answered = statistics.mean(layer["answered"] for layer in layers)
+        right.plot([answered], [one["mean"]], "o", color=LINE if short in SHOWN else FAINT, markersize=4)
+        right.annotate(short, (answered, one["mean"]), fontsize=5)
+    left.set_xlabel("matrix, in the order of the record")
+    left.set_ylabel("mean |⟨s u, M v - s u⟩| x 1000, factor 1")
     left.set_yscale("log")
     left.legend(frameon=False, fontsize=6)
-    right.set_xscale("log")
-    right.set_xlabel("its mean over matrices")
+    right.set_xlabel("strength of features answered, as merged")
     right.set_ylabel("mean accuracy")
 
 

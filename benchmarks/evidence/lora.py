@@ -62,6 +62,11 @@ class LoraSuite:
         """Names of the tasks."""
         return NAMES
 
+    @property
+    def sizes(self) -> dict[str, list[int]]:
+        """Numbers of training, validation and test examples of each task."""
+        return {name: [TRAIN, VALIDATION, TEST] for name in self.tasks}
+
     def finetune(self, task: str, seed: int) -> Path:
         """Return the folder of an adapter, trained if it is not in the cache."""
         return adapter(self.base, _prompts(self.cache)[task], self.cache, _pad(self.cache), seed)
@@ -82,7 +87,11 @@ class LoraSuite:
 
             decoder = PeftModel.from_pretrained(decoder, str(model)).merge_and_unload()
         source, count = source_of(part)
-        cut = slice(0, count or VALIDATION) if source == "validation" else slice(VALIDATION, VALIDATION + TEST)
+        cut = (
+            slice(0, min(count or VALIDATION, VALIDATION))
+            if source == "validation"
+            else slice(VALIDATION, VALIDATION + TEST)
+        )
         prompts = _prompts(self.cache)
         return {
             task: right_answers(

@@ -1,7 +1,8 @@
 """Merge by a setting, score the result, and keep what was found: one small file each, so that a run can be resumed.
 
-A row is kept under what decides it: benchmark, seed, tasks merged, setting, part of the examples. The code that made it
-is on record in it, and does not decide: a row of older code stays until it is deleted, and the page says which code.
+A row is kept under what decides it: benchmark, fine-tunes, tasks merged, the setting with its defaults filled in, part
+of the examples, arithmetic. The code that made it is on record in it, and does not decide: a row of older code stays
+until it is deleted, and the page says which code.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from grid import Setting
 from suite import Answers, Part, Suite
 
 import superpose
+from superpose.demo.encoder import fast_bfloat16
 from superpose.demo.folders import scratch_folder
 from superpose.own_code import code_digest
 from superpose.registry import find_method
@@ -103,11 +105,7 @@ class Evaluated:
         """
         merged, scored = list(merged or self.suite.tasks), list(scored or self.suite.tasks)
         name = setting if isinstance(setting, str) else setting.text
-        decided_by = {
-            "name": name, "seed": seed, "part": part, "merged": merged, "scored": scored,
-            "setting": {} if isinstance(setting, str) else asdict(setting), "suite": self.suite.mark,
-        }  # fmt: skip
-        mark = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:16]
+        mark = self.mark(setting, seed, part, merged, scored)
         words = "".join(letter if letter.isalnum() else "-" for letter in name)[:60]
         file = self.folder / self.suite.name / f"{words}-{seed}-{part}-{mark}.json"
         if not file.exists():
@@ -118,6 +116,18 @@ class Evaluated:
             partial.replace(file)
             print(f"{self.suite.name}, seed {seed}, {part}: {name} {made.mean:.4f}", file=sys.stderr, flush=True)
         return Row(**json.loads(file.read_text(encoding="utf-8")))
+
+    def mark(
+        self, setting: Setting | str, seed: int, part: str, merged: Sequence[str] = (), scored: Sequence[str] = ()
+    ) -> str:
+        """Return a digest of all that decides what is found, but for the code."""
+        decided_by = {
+            "setting": setting if isinstance(setting, str) else {**asdict(setting), "options": resolved(setting)},
+            "fine-tunes": [f"{path.parent.name}/{path.name}" for path in self.suite.tuned(seed)], "seed": seed,
+            "part": part, "merged": list(merged), "scored": list(scored), "suite": self.suite.mark,
+            "bfloat16": fast_bfloat16(), "torch": torch.__version__, "transformers": transformers.__version__,
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:16]
 
     def _made(
         self,
@@ -139,7 +149,7 @@ class Evaluated:
         if setting == "fine-tuned":
             return self._scored(row, {task: tuned[task] for task in scored})
         assert isinstance(setting, Setting), "a name stands for no other model"
-        with scratch_folder(self.folder / "scratch") as scratch:
+        with scratch_folder(scratch_of(self.suite.name, self.folder.parent)) as scratch:
             models = [
                 {"path": str(tuned[task]), "name": task, **self.suite.data(setting, task, seed)} for task in merged
             ]
@@ -168,6 +178,11 @@ class Evaluated:
         return replace(row, answers=packed, scored_seconds=round(time.perf_counter() - started, 2))
 
 
+def resolved(setting: Setting) -> dict[str, Any]:
+    """Return a setting's options with the method's defaults filled in: those may change."""
+    return asdict(find_method(setting.method).options(**setting.options))
+
+
 def made_by() -> dict[str, Any]:
     """Return what a row was made by, and when."""
     return {
@@ -177,6 +192,11 @@ def made_by() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def clean_up(folder: Path) -> None:
-    """Remove what interrupted merges left."""
-    shutil.rmtree(folder / "scratch", ignore_errors=True)
+def scratch_of(name: str, out: Path) -> Path:
+    """Return the folder of a benchmark's merges, which nothing needs once they are scored."""
+    return out / "scratch" / name
+
+
+def clean_up(name: str, out: Path) -> None:
+    """Remove what interrupted merges of a benchmark left; no other process may be at work on it."""
+    shutil.rmtree(scratch_of(name, out), ignore_errors=True)

@@ -7,6 +7,8 @@ FOLDER, outside the repository, keeps downloads, fine-tunes and every row; inter
 end the rows of the table are in docs/evidence/NAME.json, from which `page.py` makes docs/evidence.md.
 
 Hyperparameters are chosen on validation data with the fine-tunes of the first seed, and used for all seeds.
+
+Linux. Downloads go through pip and, for text, npm; for vision, npm, apt-get and dpkg-deb (after an apt-get update).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,14 +48,15 @@ def main() -> None:
     # Results of some seeds or methods alone are not for the page.
     is_whole = not asked.quick and not asked.methods and asked.seeds == parser.get_default("seeds")
     out = asked.out.absolute()
-    with working_on(asked.benchmark, out, asked.workers) as bench:
-        found = run(bench, seeds, methods)
     file = (RESULTS if is_whole else out) / f"{asked.benchmark}.json"
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with working_on(asked.benchmark, out, asked.workers) as bench:
+        for found in run(bench, seeds, methods):
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            print(file, flush=True)
 
 
-def run(bench: Bench, seeds: Sequence[int], methods: Sequence[str] | None) -> dict[str, Any]:
+def run(bench: Bench, seeds: Sequence[int], methods: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     """Run a benchmark.
 
     Args:
@@ -61,8 +64,8 @@ def run(bench: Bench, seeds: Sequence[int], methods: Sequence[str] | None) -> di
         seeds: of the fine-tunes; hyperparameters are chosen with the first.
         methods: some methods only; None for all.
 
-    Returns:
-        The results, as they are published.
+    Yields:
+        The results, as they are published: without methods that look at data, which take longest, then with them.
     """
     started = time.time()
     bench.finetune(seeds)
@@ -70,15 +73,19 @@ def run(bench: Bench, seeds: Sequence[int], methods: Sequence[str] | None) -> di
     original_rows = bench.rows(originals)
     entries: list[dict[str, Any]] = []
     asked = [one for one in known_variants(bench) if methods is None or one.name in methods]
-    for looks_at_data in (False, True):  # those that look at data take longest, and come last
-        entries += _entries(bench, seeds, [one for one in asked if one.looks_at_data == looks_at_data])
-    return {
-        "benchmark": bench.name, "machine": machine(),
-        "command": f"python benchmarks/evidence/run.py {bench.name} --out FOLDER", "mark": bench.suite.mark,
-        "seeds": list(seeds), "tasks": list(bench.suite.tasks), "grid_size": SIZE,
-        "minutes_of_this_call": round((time.time() - started) / 60, 1),
-        "originals": [asdict(row) for row in original_rows], "methods": entries,
-    }  # fmt: skip
+    for looks_at_data in (False, True):
+        some = [one for one in asked if one.looks_at_data == looks_at_data]
+        if not some:
+            continue
+        entries += _entries(bench, seeds, some)
+        yield {
+            "benchmark": bench.name, "machine": machine(),
+            "command": f"python benchmarks/evidence/run.py {bench.name} --out FOLDER", "mark": bench.suite.mark,
+            "seeds": list(seeds), "tasks": list(bench.suite.tasks), "sizes": bench.suite.sizes, "grid_size": SIZE,
+            "fine_tunes": [str(path.relative_to(bench.out)) for seed in seeds for path in bench.suite.tuned(seed)],
+            "minutes_of_this_call": round((time.time() - started) / 60, 1),
+            "originals": [asdict(row) for row in original_rows], "methods": entries,
+        }  # fmt: skip
 
 
 def known_variants(bench: Bench) -> list[Variant]:
@@ -89,18 +96,19 @@ def known_variants(bench: Bench) -> list[Variant]:
 
 def _entries(bench: Bench, seeds: Sequence[int], asked: Sequence[Variant]) -> list[dict[str, Any]]:
     """Choose every method's setting, and return its numbers."""
-    tried = {one.name: dict.fromkeys((setting.text for setting in one.grid), 0.0) for one in asked}
-    jobs = [Job(setting, seeds[0], "validation") for one in asked for setting in one.grid]
-    names = [one.name for one in asked for _ in one.grid]
+    tried = {one.name: dict.fromkeys((setting.text for setting in one.tried), 0.0) for one in asked}
+    jobs = [Job(setting, seeds[0], "validation") for one in asked for setting in one.tried]
+    names = [one.name for one in asked for _ in one.tried]
     for name, found in zip(names, bench.rows(jobs), strict=True):
         tried[name][found.name] = found.mean
-    best = {one.name: _best(one.grid, tried[one.name]) for one in asked if one.grid}
+    best = {one.name: _best(one.tried, tried[one.name]) for one in asked if one.grid}
     defaults = {one.name: [Job(one.default, seed, "test") for seed in seeds] for one in asked}
     chosen = {name: [Job(setting, seed, "test") for seed in seeds] for name, setting in best.items()}
     bench.rows([job for some in (*defaults.values(), *chosen.values()) for job in some])
     return [
         {
             "name": one.name,
+            "looks_at_data": one.looks_at_data,
             "default": [asdict(row) for row in bench.rows(defaults[one.name])],
             "chosen": [asdict(row) for row in bench.rows(chosen.get(one.name, []))],
             "validation": tried[one.name],

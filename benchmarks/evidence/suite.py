@@ -76,6 +76,11 @@ class Suite(Protocol):
         """Names of the tasks."""
         ...
 
+    @property
+    def sizes(self) -> Mapping[str, Sequence[int]]:
+        """Numbers of training, validation and test examples of each task."""
+        ...
+
     def finetune(self, task: str, seed: int) -> Path:
         """Return the folder of a fine-tune, made if it is not there."""
         ...

@@ -50,7 +50,8 @@ class TextSuite:
     @property
     def mark(self) -> str:
         """Numbers of examples, their length, and what fine-tunes."""
-        return f"{TRAIN}/{VALIDATION}/{TEST} texts of {LONGEST} tokens, {asdict(training(0))}"
+        how = {name: value for name, value in asdict(training(0)).items() if name != "seed"}
+        return f"{TRAIN}/{VALIDATION}/{TEST} texts of {LONGEST} tokens, {how}"
 
     @property
     def rules(self) -> tuple[Mapping[str, Any], ...]:
@@ -66,6 +67,12 @@ class TextSuite:
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks."""
         return tuple(task.name for task in TASKS)
+
+    @property
+    def sizes(self) -> dict[str, list[int]]:
+        """Numbers of training, validation and test examples of each task."""
+        loaded = {name: examples(self.cache, name) for name in self.tasks}
+        return {name: [len(one.train), len(one.validation), len(one.test)] for name, one in loaded.items()}
 
     def finetune(self, task: str, seed: int) -> Path:
         """Return the folder of a fine-tuned encoder, made if it is not in the cache."""

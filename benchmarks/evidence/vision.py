@@ -83,6 +83,14 @@ class VisionSuite:
         """Names of the tasks."""
         return tuple(task.name for task in TASKS)
 
+    @property
+    def sizes(self) -> dict[str, list[int]]:
+        """Numbers of training, validation and test examples of each task."""
+        loaded = {name: _examples(self.cache, name) for name in self.tasks}
+        return {
+            name: [len(part.labels) for part in (one.train, one.validation, one.test)] for name, one in loaded.items()
+        }
+
     def finetune(self, task: str, seed: int) -> Path:
         """Return the folder of a fine-tuned body, made if it is not in the cache."""
         made_of = {"training": asdict(Training()), "seed": seed, "task": task, "mark": self.mark,
