@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from analysis_page import sections
+from analyses import ANALYSES
 from bootstrap import DRAWS, Difference, difference
 from suite import Answers
 
@@ -105,7 +105,7 @@ class Results:
 
     Args:
         content: as `run.py` writes it.
-        analyses: as `analyses.py` writes them.
+        analyses: as `analyse.py` writes them.
     """
 
     def __init__(self, content: Mapping[str, Any], analyses: Mapping[str, Any]) -> None:
@@ -156,7 +156,8 @@ def tables(found: Results) -> Iterator[str]:
     yield (
         f"Where there is something to choose, each method's best of its defaults and {content['grid_size']} settings"
         " more (`benchmarks/evidence/grid.py`), on the validation part with the fine-tunes of seed"
-        f" {content['seeds'][0]}; numbers are of the test part, of all seeds. ± is the standard deviation of the mean over seeds. The last"
+        f" {content['seeds'][0]}; numbers are of the test part, of all seeds. ± is the standard deviation of the mean"
+        " over seeds. The last"
         " columns: how much better than the row are STF with its chosen setting, and `iso_share` with its defaults,"
         " which were chosen on validation data of seed 0 of the text and vision benchmarks; with 95% intervals from a"
         f" paired bootstrap over test examples ({DRAWS:,} draws), of these seeds and settings, uncorrected for their"
@@ -174,6 +175,22 @@ def tables(found: Results) -> Iterator[str]:
         yield "### Analyses\n"
         yield f"Fine-tunes of seed {content['seeds'][0]}.\n"
         yield from sections(content["benchmark"], found.analyses)
+
+
+def sections(name: str, analyses: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of a benchmark's analyses.
+
+    Args:
+        name: of the benchmark.
+        analyses: by name, as `analyse.py` writes them.
+    """
+    for analysis, module in ANALYSES.items():
+        if analysis in analyses:
+            one = analyses[analysis]
+            yield f"#### {module.TITLE}\n"
+            yield from module.lines(name, one["found"])
+            made = one["made_by"]
+            yield f"`{one['command']}`; superpose code {made['code']}, {made['at']} UTC, {one['machine']}.\n"
 
 
 def _table(found: Results, entries: Mapping[str, Entry], *, with_originals: bool) -> Iterator[str]:
@@ -235,8 +252,7 @@ def all_results() -> dict[str, Results]:
 
 def draw(results: Mapping[str, Results]) -> None:
     """Write the figures."""
-    from analysis_plots import draw as draw_analyses
-    from plots import differences_figure, methods_figure
+    from plots import differences_figure, figure_file, methods_figure
 
     for name, found in results.items():
         chosen = {method: entry.means for method, entry in found.chosen.items()}
@@ -247,7 +263,10 @@ def draw(results: Mapping[str, Results]) -> None:
             differences_figure(
                 RESULTS / f"{name}-differences", REFERENCE, found.against(found.chosen, found.chosen[REFERENCE])
             )
-        draw_analyses(RESULTS, name, found.analyses)
+        for analysis, module in ANALYSES.items():
+            if analysis in found.analyses and hasattr(module, "draw"):
+                with figure_file(RESULTS / f"{name}-{analysis}") as figure:
+                    module.draw(found.analyses[analysis]["found"], figure)
 
 
 def page() -> str:

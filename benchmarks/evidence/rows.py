@@ -150,13 +150,7 @@ class Evaluated:
             return self._scored(row, {task: tuned[task] for task in scored})
         assert isinstance(setting, Setting), "a name stands for no other model"
         with scratch_folder(scratch_of(self.suite.name, self.folder.parent)) as scratch:
-            models = [
-                {"path": str(tuned[task]), "name": task, **self.suite.data(setting, task, seed)} for task in merged
-            ]
-            recipe = {
-                "base": str(self.suite.base), "models": models, "method": setting.method,
-                "options": dict(setting.options), "rules": list(self.suite.rules),
-            }  # fmt: skip
+            recipe = recipe_of(self.suite, setting, seed, merged)
             record = superpose.merge(recipe, scratch / "merged", workers=1, cache=cache)
             row = replace(row, merge_seconds=record.totals["seconds"], stats={"warnings": len(record.warnings)})
             places = dict.fromkeys(scored, scratch / "merged")
@@ -176,6 +170,16 @@ class Evaluated:
             found |= self.suite.answers(place, tasks, row.seed, row.part)
         packed = {task: found[task].packed() for task in places}
         return replace(row, answers=packed, scored_seconds=round(time.perf_counter() - started, 2))
+
+
+def recipe_of(suite: Suite, setting: Setting, seed: int, merged: Sequence[str]) -> dict[str, Any]:
+    """Return the recipe of a merge of some tasks."""
+    tuned = dict(zip(suite.tasks, suite.tuned(seed), strict=True))
+    models = [{"path": str(tuned[task]), "name": task, **suite.data(setting, task, seed)} for task in merged]
+    return {
+        "base": str(suite.base), "models": models, "method": setting.method,
+        "options": dict(setting.options), "rules": list(suite.rules),
+    }  # fmt: skip
 
 
 def resolved(setting: Setting) -> dict[str, Any]:

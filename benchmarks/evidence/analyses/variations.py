@@ -1,0 +1,51 @@
+"""A ridge, fewer features, densities counted over the whole model: one change each to a setting of STF."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from bootstrap import difference
+from grid import Setting
+from jobs import Bench, Job
+
+from analyses.common import SEED, Chosen, Content, described, interval, table
+
+TITLE = "Ridge, fewer features, density over the model"
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+SHARES = (0.5, 0.2, 0.1, 0.05)
+"""Of min(out, in) features, that are kept."""
+
+
+def find(bench: Bench, chosen: Chosen) -> Content:
+    """Score changes to the chosen setting, and, where something is trimmed, to the published defaults."""
+    changes: list[dict[str, Any]] = [
+        {},
+        *({"ridge": one} for one in RIDGES),
+        *({"feature_share": one} for one in SHARES),
+    ]
+    whole: list[dict[str, Any]] = [{}, {"density_scope": "model"}]
+    found = []
+    for to, options, some in (("the chosen", chosen["stf"].options, changes), ("the defaults", {}, whole)):
+        rows = bench.rows([Job(Setting("stf", {**options, **change}), SEED, "test") for change in some])
+        found += [
+            {"to": to, "change": change, **described(row),
+             "difference": asdict(difference([row.answers], [rows[0].answers]))}
+            for change, row in zip(some, rows, strict=True)
+        ]  # fmt: skip
+    return found
+
+
+def lines(name: str, found: Content) -> Iterator[str]:
+    """Yield the lines of the page."""
+    del name
+    yield "One change each to a setting of STF; the difference is to that setting, with a 95% interval.\n"
+    yield from table(
+        ["to", "change", "mean", "difference"],
+        [
+            [one["to"], ", ".join(f"{option} {value}" for option, value in one["change"].items()) or "none",
+             f"{one['mean']:.3f}", interval(one["difference"]) if one["change"] else ""]
+            for one in found
+        ],
+    )  # fmt: skip
