@@ -138,7 +138,7 @@ def test_the_page_has_the_numbers_of_the_results(tmp_path, monkeypatch):
     good, fair, bad = [True] * 9 + [False], [True] * 8 + [False] * 2, [True] * 3 + [False] * 7
     content = {
         "benchmark": "text", "machine": "a machine", "command": "a command", "mark": "a mark", "seeds": [0],
-        "tasks": ["a", "b"], "sizes": {"a": [9, 5, 7]}, "grid_size": 8,
+        "tasks": ["a", "b"], "sizes": {"a": [9, 5, 7]}, "grid_size": 8, "rows": 6, "minutes_of_rows": 9,
         "originals": [row("pretrained", bad), row("fine-tuned", good)],
         "methods": [
             {"name": "stf", "looks_at_data": False, "default": [row("stf", bad)],
@@ -153,10 +153,11 @@ def test_the_page_has_the_numbers_of_the_results(tmp_path, monkeypatch):
     made = {"command": "analyse", "made_by": {"code": "c0de", "at": "today"}, "machine": "a machine"}
     analyses = {"removed_features": {"found": {"none": 0.5, "removed": removed}, **made}}
     (tmp_path / "evidence" / "text-analyses.json").write_text(json.dumps(analyses), encoding="utf-8")
-    (tmp_path / "evidence" / "summary.md").write_text("STF {text_stf}, {text_fine_tuned} alone.\n", encoding="utf-8")
+    summary = "STF {text_stf}, {text_fine_tuned} alone, {text_stf_less_average}.\n"
+    (tmp_path / "evidence" / "summary.md").write_text(summary, encoding="utf-8")
     monkeypatch.setattr(page, "RESULTS", tmp_path / "evidence")
     text = page.page()
-    assert "STF 0.800, 0.900 alone." in text
+    assert "STF 0.800, 0.900 alone, +0.500 (+0." in text
     assert "| **stf** | 0.800 | 0.800 | 0.800 |  | 0.889 |" in text
     assert "| average (sees data) | 0.300 | 0.300 | 0.300 |  | 0.333 | +0.500 (+0." in text
     assert "| the weakest | 0.250 |" in text
@@ -251,10 +252,10 @@ FOUND = {
     "preservation": {
         "methods": {
             "stf": {"setting": "", "mean": 0.75,
-                    "layers": {"w": {"at_factor_1": 0.001, "relative": 0.5, "answered": 0.25}}}
+                    "layers": {"w": {"at_factor_1": 0.001, "of_trimmed": 0.0, "relative": 0.5, "answered": 0.25}}}
         },
         "correlations": {
-            measure: {"correlation": -0.5, "methods": 9} for measure in ("at_factor_1", "relative", "answered")
+            measure: {"correlation": -0.5, "methods": 9} for measure in preservation.MEASURES
         },
     },
     "held_out": {
@@ -270,7 +271,7 @@ SAID = {
     "removed_features": "| the weakest | 0.250 |",
     "density_and_factor": "| ties | 0.2 | 1 | 0.500 | 0.250 to 0.500 |",
     "number_of_tasks": "| best factor of STF | 0.6 |",
-    "preservation": "| stf | 1.00 | 0.500 | 0.250 | 0.750 |",
+    "preservation": "| stf | 1.00 | 0.00 | 0.500 | 0.250 | 0.750 |",
     "held_out": "| stf | 0.250 | 0.750 | 0.500 | +0.050 (+0.010 to +0.090) |",
     "times": "| ties | 1.5 |\n| stf | 3.2 |",
 }

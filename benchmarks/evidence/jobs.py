@@ -69,6 +69,7 @@ class Bench:
     def __init__(self, name: str, out: Path, pool: ProcessPoolExecutor) -> None:
         self.name, self.out, self.pool = name, out, pool
         self.suite = suite_of(name, out)
+        self.seconds: dict[str, float] = {}  # of merging and scoring, by row that was asked for
 
     def finetune(self, seeds: Iterable[int]) -> None:
         """Make the fine-tunes that are not there."""
@@ -88,7 +89,11 @@ class Bench:
         # The longest first, so that no process waits long for the last.
         groups = sorted(together.values(), key=len, reverse=True)
         self.each(_make, [(self.name, self.out, tuple(group)) for group in groups])
-        return [row(self.name, self.out, job) for job in jobs]
+        found = [row(self.name, self.out, job) for job in jobs]
+        self.seconds |= {
+            repr(job): one.merge_seconds + one.scored_seconds for job, one in zip(jobs, found, strict=True)
+        }
+        return found
 
     def each(self, function: Any, arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
         """Call a function with each of several arguments; return what it returns, in their order."""

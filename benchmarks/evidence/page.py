@@ -151,7 +151,10 @@ def tables(found: Results) -> Iterator[str]:
     said = "; ".join(
         f"superpose code {code}, torch {torch}, transformers {other}" for code, torch, other in sorted(versions)
     )
-    yield f"{content['machine']}. Rows were made by: {said}.\n"
+    yield (
+        f"{content['machine']}. Merging and scoring took {content['minutes_of_rows']} minutes of one process for"
+        f" {content['rows']} rows, several at a time and beside other work. They were made by: {said}.\n"
+    )
     yield "### Hyperparameters chosen on validation data\n"
     yield (
         f"Where there is something to choose, each method's best of its defaults and {content['grid_size']} settings"
@@ -210,7 +213,7 @@ def _table(found: Results, entries: Mapping[str, Entry], *, with_originals: bool
 
 
 def _line(found: Results, entry: Entry, against: Sequence[Difference | None], settings: str) -> str:
-    compared = ["" if one is None else f"{one.value:+.3f} ({one.low:+.3f} to {one.high:+.3f})" for one in against]
+    compared = ["" if one is None else _said(one) for one in against]
     spread = "" if math.isnan(entry.spread) else f"{entry.spread:.3f}"
     cells = [
         f"**{entry.name}**" if entry.name == REFERENCE else _given(entry.name, found),
@@ -228,16 +231,31 @@ def _given(name: str, found: Results) -> str:
 
 
 def numbers(results: Mapping[str, Results]) -> dict[str, str]:
-    """Return the numbers that the summary can name: `text_stf`, `text_stf_default`, `text_fine_tuned`, ..."""
+    """Return the numbers that the summary can name.
+
+    `text_stf` is the mean with the chosen setting, `text_stf_default` with the defaults, `text_fine_tuned` of the
+    originals; `text_stf_less_ties` and `text_iso_share_less_ties` are differences with intervals, as in the tables.
+    """
     found = {}
     for benchmark, one in results.items():
         for entry in one.originals.values():
-            found[f"{benchmark}_{entry.name.replace('-', '_')}"] = f"{entry.mean:.3f}"
+            found[f"{benchmark}_{_word(entry.name)}"] = f"{entry.mean:.3f}"
         for name, entry in one.chosen.items():
-            found[f"{benchmark}_{name.replace(' ', '_')}"] = f"{entry.mean:.3f}"
+            found[f"{benchmark}_{_word(name)}"] = f"{entry.mean:.3f}"
         for name, entry in one.defaults.items():
-            found[f"{benchmark}_{name.replace(' ', '_')}_default"] = f"{entry.mean:.3f}"
+            found[f"{benchmark}_{_word(name)}_default"] = f"{entry.mean:.3f}"
+        for name, reference in ((REFERENCE, one.chosen.get(REFERENCE)), (UNTUNED, one.defaults.get(UNTUNED))):
+            for other, less in one.against(one.chosen, reference).items():
+                found[f"{benchmark}_{name}_less_{_word(other)}"] = _said(less)
     return found
+
+
+def _word(name: str) -> str:
+    return name.replace(",", "").replace(" ", "_").replace("-", "_")
+
+
+def _said(difference: Difference) -> str:
+    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
 
 
 def all_results() -> dict[str, Results]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -67,7 +66,6 @@ def run(bench: Bench, seeds: Sequence[int], methods: Sequence[str] | None) -> It
     Yields:
         The results, as they are published: without methods that look at data, which take longest, then with them.
     """
-    started = time.time()
     bench.finetune(seeds)
     originals = [Job(one, seed, "test") for seed in seeds for one in ("pretrained", "fine-tuned")]
     original_rows = bench.rows(originals)
@@ -83,7 +81,7 @@ def run(bench: Bench, seeds: Sequence[int], methods: Sequence[str] | None) -> It
             "command": f"python benchmarks/evidence/run.py {bench.name} --out FOLDER", "mark": bench.suite.mark,
             "seeds": list(seeds), "tasks": list(bench.suite.tasks), "sizes": bench.suite.sizes, "grid_size": SIZE,
             "fine_tunes": [str(path.relative_to(bench.out)) for seed in seeds for path in bench.suite.tuned(seed)],
-            "minutes_of_this_call": round((time.time() - started) / 60, 1),
+            "rows": len(bench.seconds), "minutes_of_rows": round(sum(bench.seconds.values()) / 60),
             "originals": [asdict(row) for row in original_rows], "methods": entries,
         }  # fmt: skip
 

@@ -25,7 +25,7 @@ from superpose.maths.svd import Features, thin_svd
 from superpose.registry import find_method
 
 TITLE = "Are preserved features what counts?"
-MEASURES = ("at_factor_1", "relative", "answered")
+MEASURES = ("at_factor_1", "of_trimmed", "relative", "answered")
 SHOWN = ("stf", "trimmed_task_arithmetic", "task_arithmetic", "ties", "pcb", "tsv", "iso_c", "iso_share")
 """Methods of which every layer is drawn; all are in the scatter beside it."""
 
@@ -90,12 +90,13 @@ def _measured(name: str, out: Path, setting: Setting) -> dict[str, Any]:
             update = (merged[tensor.name] - base[tensor.name]).flatten(1)
             layers[tensor.name] = {
                 "at_factor_1": tensor.measures["untrimmed"]["mean"],
+                "of_trimmed": tensor.measures.get("trimmed", tensor.measures["untrimmed"])["mean"],
                 "relative": feature_preservation(update, features[tensor.name]).relative,
                 "answered": share_answered(update, features[tensor.name]),
             }
         return layers
 
-    return kept(name, out, "preservation", setting, measure)
+    return kept(name, out, "preservation, of trimmed features too", setting, measure)
 
 
 @cache
@@ -119,16 +120,18 @@ def lines(name: str, found: Content) -> Iterator[str]:
     """Yield the lines of the page."""
     yield (
         "How the tasks' features are answered by the merged matrices, averaged over matrices. *At factor 1*: the"
-        " paper's metric (Appendix A), mean |⟨s u, M v - s u⟩|, times 1000; methods without a factor as merged."
+        " paper's metric (Appendix A), mean |⟨s u, M v - s u⟩|, times 1000, of the features of whole task matrices; *of"
+        " trimmed*: of those that a method which trims has left; methods without a factor as merged."
         " *Relative*: mean |u·Mv / s - 1| of the matrices as merged, in which the faintest features count as much as"
         " the strongest; *answered*: the strength that is left of all features as merged, 1 for all of it.\n"
     )
     yield figure(name, "preservation", "preservation by layer, and accuracy against it")
     rows = []
     for method, one in sorted(found["methods"].items(), key=lambda pair: -pair[1]["mean"]):
-        at_1, relative, answered = (mean_of(one["layers"], measure) for measure in MEASURES)
-        rows.append([method, f"{1000 * at_1:.2f}", f"{relative:.3f}", f"{answered:.3f}", f"{one['mean']:.3f}"])
-    yield from table(["method", "at factor 1", "relative", "answered", "mean accuracy"], rows)
+        whole, trimmed, relative, answered = (mean_of(one["layers"], measure) for measure in MEASURES)
+        metric = [f"{1000 * whole:.2f}", f"{1000 * trimmed:.2f}"]
+        rows.append([method, *metric, f"{relative:.3f}", f"{answered:.3f}", f"{one['mean']:.3f}"])
+    yield from table(["method", "at factor 1", "of trimmed", "relative", "answered", "mean accuracy"], rows)
     said = ", ".join(f"{measure.replace('_', ' ')} {found['correlations'][measure]['correlation']:+.2f}"
                      for measure in MEASURES)  # fmt: skip
     count = found["correlations"]["relative"]["methods"]
