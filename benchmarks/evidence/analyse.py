@@ -3,7 +3,7 @@
     python benchmarks/evidence/analyse.py text --out FOLDER [--only NAME ...] [--workers 2]
 
 Run `run.py` first, in the same FOLDER: chosen hyperparameters are read from docs/evidence/NAME.json. Interrupted, the
-same command goes on; each analysis goes into docs/evidence/NAME-analyses.json as it ends.
+same command goes on; each analysis goes into docs/evidence/NAME-analyses.json as it ends, and the page is made anew.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # measuring.py is one folder up
 
+import page
 from analyses import ANALYSES, NOT_FOR
 from analyses.common import SEED
 from grid import Setting
@@ -53,6 +54,7 @@ def main() -> None:
             }  # fmt: skip
             file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(f"{file}: {name}", flush=True)
+    page.write()
 
 
 if __name__ == "__main__":

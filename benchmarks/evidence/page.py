@@ -1,6 +1,6 @@
 """docs/evidence.md and its figures out of the results in docs/evidence; the summary was written by hand.
 
-    python benchmarks/evidence/page.py [--check]
+    python benchmarks/evidence/page.py [--check]        run.py and analyse.py write it too
 
 Numbers come from the results alone; what they mean is in docs/evidence/summary.md, whose {names} are numbers too.
 """
@@ -302,6 +302,12 @@ def page() -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
+def write() -> None:
+    """Write the page and its figures."""
+    (DOCS / "evidence.md").write_text(page(), encoding="utf-8")
+    draw(all_results())
+
+
 def main() -> None:
     """Write the page, or check that it is as the results have it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -311,8 +317,7 @@ def main() -> None:
         if file.read_text(encoding="utf-8") != page():
             sys.exit(f"{file} is not what the results make: run python benchmarks/evidence/page.py")
     else:
-        file.write_text(page(), encoding="utf-8")
-        draw(all_results())
+        write()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python benchmarks/evidence/run.py text --out FOLDER --quick        two methods, one seed: to try it
 
 FOLDER, outside the repository, keeps downloads, fine-tunes and every row; interrupted, the same command goes on. In the
-end the rows of the table are in docs/evidence/NAME.json, from which `page.py` makes docs/evidence.md.
+end the rows of the table are in docs/evidence/NAME.json, and docs/evidence.md and its figures are made anew.
 
 Hyperparameters are chosen on validation data with the fine-tunes of the first seed, and used for all seeds.
 
@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # measuring.py is one folder up
 
+import page
 from grid import SIZE, Setting, Variant, variants
 from jobs import NAMES, Bench, Job, working_on
 from measuring import machine
@@ -53,6 +54,8 @@ def main() -> None:
         for found in run(bench, seeds, methods):
             file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(file, flush=True)
+            if is_whole:
+                page.write()
 
 
 def run(bench: Bench, seeds: Sequence[int], methods: Sequence[str] | None) -> Iterator[dict[str, Any]]:
