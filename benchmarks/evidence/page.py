@@ -234,7 +234,8 @@ def numbers(results: Mapping[str, Results]) -> dict[str, str]:
     """Return the numbers that the summary can name.
 
     `text_stf` is the mean with the chosen setting, `text_stf_default` with the defaults, `text_fine_tuned` of the
-    originals; `text_stf_less_ties` and `text_iso_share_less_ties` are differences with intervals, as in the tables.
+    originals; `text_stf_less_ties` and `text_iso_share_less_ties` are differences with intervals, as in the tables;
+    `text_held_out_stf` is the number that the analysis `held_out` calls `stf`.
     """
     found = {}
     for benchmark, one in results.items():
@@ -245,8 +246,17 @@ def numbers(results: Mapping[str, Results]) -> dict[str, str]:
         for name, entry in one.defaults.items():
             found[f"{benchmark}_{_word(name)}_default"] = f"{entry.mean:.3f}"
         for name, reference in ((REFERENCE, one.chosen.get(REFERENCE)), (UNTUNED, one.defaults.get(UNTUNED))):
+            if reference is None:
+                continue
             for other, less in one.against(one.chosen, reference).items():
                 found[f"{benchmark}_{name}_less_{_word(other)}"] = _said(less)
+                rest = reference.answers[1:], one.chosen[other].answers[1:]  # but for the seed that chose
+                if rest[0]:
+                    found[f"{benchmark}_{name}_less_{_word(other)}_on_other_seeds"] = _said(difference(*rest))
+        for analysis, module in ANALYSES.items():
+            if analysis in one.analyses and hasattr(module, "numbers"):
+                some = module.numbers(one.analyses[analysis]["found"])
+                found |= {f"{benchmark}_{analysis}_{name}": text for name, text in some.items()}
     return found
 
 

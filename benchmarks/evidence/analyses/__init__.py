@@ -1,7 +1,8 @@
 """The papers' figures, one module each: what is measured, how the page says it, and what is drawn.
 
 A module has `TITLE`; `find(bench, chosen)`, which measures, as `analyse.py` keeps it; `lines(name, found)`, the page's;
-and, where there is a figure, `draw(found, figure)`. One more file here, named below, is one more analysis.
+where there is a figure, `draw(found, figure)`; and `numbers(found)`, where the summary names some. One more file here,
+named below, is one more analysis.
 """
 
 from __future__ import annotations

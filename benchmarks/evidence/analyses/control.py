@@ -40,6 +40,11 @@ def _accuracies(rows: Sequence[Row]) -> dict[str, float]:
     return {task: statistics.mean(row.accuracy[task] for row in rows) for task in rows[0].accuracy}
 
 
+def numbers(found: Content) -> dict[str, str]:
+    """Return what the summary can name: STF less its control at each setting."""
+    return {one["at"].replace("'s", "").replace(" ", "_"): interval(one["difference"]) for one in found}
+
+
 def lines(name: str, found: Content) -> Iterator[str]:
     """Yield the lines of the page."""
     del name

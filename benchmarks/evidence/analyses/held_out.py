@@ -64,6 +64,11 @@ def _answers(name: str, out: Path, model: Path, task: str) -> str:
     return probed(train, test).packed()
 
 
+def numbers(found: Content) -> dict[str, str]:
+    """Return what the summary can name: every method's mean over the tasks that it lacks."""
+    return {name.partition(",")[0]: f"{statistics.mean(one['accuracy'].values()):.3f}" for name, one in found.items()}
+
+
 def lines(name: str, found: Content) -> Iterator[str]:
     """Yield the lines of the page."""
     del name

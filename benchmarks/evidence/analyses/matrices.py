@@ -18,6 +18,11 @@ def find(bench: Bench, chosen: Chosen) -> Content:
     return [described(row) for row in bench.rows([Job(one, SEED, "test") for one in settings])]
 
 
+def numbers(found: Content) -> dict[str, str]:
+    """Return what the summary can name: the means of both."""
+    return {name: f"{one['mean']:.3f}" for name, one in zip(("default", "chosen", "finetuned"), found, strict=True)}
+
+
 def lines(name: str, found: Content) -> Iterator[str]:
     """Yield the lines of the page."""
     del name

@@ -78,6 +78,11 @@ def by_count(found: Content, value: str) -> dict[str, dict[int, float]]:
             for method, counts in gathered.items()}  # fmt: skip
 
 
+def numbers(found: Content) -> dict[str, str]:
+    """Return what the summary can name: STF's best factor by the number of tasks."""
+    return {f"factor_{count}": f"{factor:.2g}" for count, factor in by_count(found, "factor")["stf"].items()}
+
+
 def lines(name: str, found: Content) -> Iterator[str]:
     """Yield the lines of the page."""
     yield (

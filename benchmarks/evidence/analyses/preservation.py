@@ -116,6 +116,11 @@ def _features_of_tasks(name: str, out: Path) -> dict[str, list[Features]]:
     return {tensor: tasks for tensor, tasks in found.items() if tasks}
 
 
+def numbers(found: Content) -> dict[str, str]:
+    """Return what the summary can name: the correlations."""
+    return {measure: f"{one['correlation']:+.2f}" for measure, one in found["correlations"].items()}
+
+
 def lines(name: str, found: Content) -> Iterator[str]:
     """Yield the lines of the page."""
     yield (

@@ -26,6 +26,14 @@ def find(bench: Bench, chosen: Chosen) -> Content:
     ]}  # fmt: skip
 
 
+def numbers(found: Content) -> dict[str, str]:
+    """Return what the summary can name: the means without some features, by their share in percent."""
+    return {"none": f"{found['none']:.3f}"} | {
+        f"{one['end'].removeprefix('remove_')}_{one['share']:.0%}".rstrip("%"): f"{one['mean']:.3f}"
+        for one in found["removed"]
+    }  # fmt: skip
+
+
 def lines(name: str, found: Content) -> Iterator[str]:
     """Yield the lines of the page."""
     yield f"Features left out of every task matrix, by count (Figures 5a, 5b); with all of them {found['none']:.3f}.\n"
