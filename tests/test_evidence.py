@@ -8,6 +8,7 @@ import grid
 import numpy as np
 import page
 import pytest
+import text_tasks
 import torch
 from analyses import ANALYSES, preservation
 from efficientnet import Body
@@ -20,6 +21,7 @@ from rows import Evaluated
 from suite import Answers
 
 import superpose
+from superpose.demo.splits import Example
 from superpose.maths.svd import thin_svd
 
 answers = st.lists(st.booleans(), min_size=1, max_size=70)
@@ -96,6 +98,9 @@ class FamilyAsSuite:
     def __init__(self, root):
         self.base, *self.models = make_family(root, tasks=2)
         self.scored = []
+
+    def finetune(self, task, seed):
+        return self.models[self.tasks.index(task)]
 
     def tuned(self, seed):
         return self.models
@@ -283,3 +288,29 @@ def test_the_page_has_what_each_analysis_found(name):
     text = "\n".join(page.sections("text", {name: {"found": FOUND[name], **made}}))
     assert SAID[name] in text
     assert "`a command`; superpose code c0de, today UTC, a machine." in text
+
+
+def test_what_one_task_is_asked_is_no_others_to_learn(tmp_path, monkeypatch):
+    shared = [f"a text that two sources have, number {number}" for number in range(30)]
+
+    def task(name, learnt, rest):
+        def read(folder):
+            labelled = [[Example(text, "good" if len(text) % 2 else "bad") for text in part] for part in (learnt, rest)]
+            return labelled[0], labelled[1]
+
+        return text_tasks.TextTask(name, "made up", "none", read)
+
+    own = [f"only here {number}" for number in range(20)]
+    tasks = (
+        task("first", own, shared),
+        task("second", [*own, *(text.upper() for text in shared)], ["an odd one", "one"]),
+    )
+    monkeypatch.setattr(text_tasks, "TASKS", tasks)
+    monkeypatch.setattr(text_tasks, "HELD_OUT", ())
+    monkeypatch.setattr(text_tasks, "fetch", lambda archive, folder: folder)
+    first, second = (text_tasks.load(one, tmp_path, train=99, validation=10, test=5) for one in tasks)
+    asked = {text for text, _ in (*first.validation, *first.test)}
+    assert len(asked) == 15
+    learnt = {text.lower() for text, _ in second.train}
+    assert not asked & learnt
+    assert len(learnt) == 20 + 30 - 15  # what nobody is asked stays

@@ -24,8 +24,6 @@ from jobs import NAMES, working_on
 from measuring import machine
 from rows import made_by
 
-RESULTS = Path(__file__).parent.parent.parent / "docs" / "evidence"
-
 
 def main() -> None:
     """Read the command line and run analyses."""
@@ -35,12 +33,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=ANALYSES, default=list(ANALYSES), help="some analyses")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     asked = parser.parse_args()
-    results = RESULTS / f"{asked.benchmark}.json"
+    results = page.RESULTS / f"{asked.benchmark}.json"
     if not results.exists():
         sys.exit(f"{results} is not there: run benchmarks/evidence/run.py {asked.benchmark}, all of it, first")
     content = json.loads(results.read_text(encoding="utf-8"))
     chosen = {one["name"]: Setting(**(one["chosen"] or one["default"])[0]["setting"]) for one in content["methods"]}
-    file = RESULTS / f"{asked.benchmark}-analyses.json"
+    file = page.RESULTS / f"{asked.benchmark}-analyses.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     with working_on(asked.benchmark, asked.out.absolute(), asked.workers) as bench:
         bench.finetune([SEED])

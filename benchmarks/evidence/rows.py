@@ -143,11 +143,10 @@ class Evaluated:
             self.suite.name, seed, name, {} if isinstance(setting, str) else asdict(setting), merged, part,
             {}, 0.0, 0.0, made_by(), {},
         )  # fmt: skip
-        tuned = dict(zip(self.suite.tasks, self.suite.tuned(seed), strict=True))
         if setting == "pretrained":
             return self._scored(row, dict.fromkeys(scored, self.suite.base))
         if setting == "fine-tuned":
-            return self._scored(row, {task: tuned[task] for task in scored})
+            return self._scored(row, {task: self.suite.finetune(task, seed) for task in scored})
         assert isinstance(setting, Setting), "a name stands for no other model"
         with scratch_folder(scratch_of(self.suite.name, self.folder.parent)) as scratch:
             recipe = recipe_of(self.suite, setting, seed, merged)

@@ -30,8 +30,6 @@ from measuring import machine
 
 import superpose
 
-RESULTS = Path(__file__).parent.parent.parent / "docs" / "evidence"
-
 
 def main() -> None:
     """Read the command line and run a benchmark."""
@@ -48,7 +46,7 @@ def main() -> None:
     # Results of some seeds or methods alone are not for the page.
     is_whole = not asked.quick and not asked.methods and asked.seeds == parser.get_default("seeds")
     out = asked.out.absolute()
-    file = (RESULTS if is_whole else out) / f"{asked.benchmark}.json"
+    file = (page.RESULTS if is_whole else out) / f"{asked.benchmark}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     with working_on(asked.benchmark, out, asked.workers) as bench:
         for found in run(bench, seeds, methods):
