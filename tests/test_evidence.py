@@ -8,6 +8,7 @@ import grid
 import numpy as np
 import page
 import pytest
+import run
 import text_tasks
 import torch
 from analyses import ANALYSES, preservation
@@ -139,11 +140,33 @@ def row(name, right, seed=0):
     }  # fmt: skip
 
 
+def results(*methods, alone):
+    return {
+        "command": "a command", "machine": "a machine", "rows": 3, "minutes_of_rows": 1,
+        "originals": [row("fine-tuned", alone)],
+        "methods": [{"name": name, "looks_at_data": False, "default": [row(name, right)]} for name, right in methods],
+    }  # fmt: skip
+
+
+def test_methods_are_added_to_the_results_of_the_same_fine_tunes_alone():
+    good, bad = [True] * 9 + [False], [False] * 9 + [True]
+    published = results(("average", bad), ("ties", bad), alone=good)
+    both = run.added(published, results(("ties", good), ("two words", bad), alone=good))
+    assert both["originals"] == published["originals"]
+    assert [one["name"] for one in both["methods"]] == ["average", "ties", "two words"]
+    assert both["methods"][1]["default"][0]["answers"] == row("ties", good)["answers"]
+    assert [one["command"] for one in both["added"]] == ["a command --add --methods ties 'two words'"]
+    with pytest.raises(SystemExit, match="fine-tuned, seed 0: answers otherwise"):
+        run.added(published, results(("ties", good), alone=bad))
+
+
 def test_the_page_has_the_numbers_of_the_results(tmp_path, monkeypatch):
     good, fair, bad = [True] * 9 + [False], [True] * 8 + [False] * 2, [True] * 3 + [False] * 7
     content = {
         "benchmark": "text", "machine": "a machine", "command": "a command", "mark": "a mark", "seeds": [0],
         "tasks": ["a", "b"], "sizes": {"a": [9, 5, 7]}, "grid_size": 8, "rows": 6, "minutes_of_rows": 9,
+        "added": [{"methods": ["average"], "command": "a later command", "machine": "another machine", "rows": 2,
+                   "minutes_of_rows": 3}],
         "originals": [row("pretrained", bad), row("fine-tuned", good)],
         "methods": [
             {"name": "stf", "looks_at_data": False, "default": [row("stf", bad)],
@@ -163,6 +186,7 @@ def test_the_page_has_the_numbers_of_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "RESULTS", tmp_path / "evidence")
     text = page.page()
     assert "STF 0.800, 0.900 alone, +0.500 (+0." in text
+    assert "`average` came later, by `a later command`, on another machine (3 minutes for 2 rows)" in text
     assert "| **stf** | 0.800 | 0.800 | 0.800 |  | 0.889 |" in text
     assert "| average (sees data) | 0.300 | 0.300 | 0.300 |  | 0.333 | +0.500 (+0." in text
     assert "| the weakest | 0.250 |" in text

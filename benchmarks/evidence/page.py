@@ -155,6 +155,13 @@ def tables(found: Results) -> Iterator[str]:
         f"{content['machine']}. Merging and scoring took {content['minutes_of_rows']} minutes of one process for"
         f" {content['rows']} rows, several at a time and beside other work. They were made by: {said}.\n"
     )
+    for one in content.get("added", ()):
+        names = ", ".join(f"`{name}`" for name in one["methods"])
+        yield (
+            f"{names} came later, by `{one['command']}`, on {one['machine']}"
+            f" ({one['minutes_of_rows']} minutes for {one['rows']} rows), with fine-tunes made anew: they answer every"
+            " test example as those of the other rows do.\n"
+        )
     yield "### Hyperparameters chosen on validation data\n"
     yield (
         f"Where there is something to choose, each method's best of its defaults and {content['grid_size']} settings"

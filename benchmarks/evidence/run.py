@@ -2,6 +2,7 @@
 
     python benchmarks/evidence/run.py text --out FOLDER [--seeds 0 1 2] [--methods NAME ...] [--workers 2]
     python benchmarks/evidence/run.py text --out FOLDER --quick        two methods, one seed: to try it
+    python benchmarks/evidence/run.py text --out FOLDER --add --methods NAME ...    into the published results
 
 FOLDER, outside the repository, keeps downloads, fine-tunes and every row; interrupted, the same command goes on. In the
 end the rows of the table are in docs/evidence/NAME.json, and docs/evidence.md and its figures are made anew.
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,20 +41,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tunes")
     parser.add_argument("--methods", nargs="+", help="some methods only; the results then hold no others")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--add", action="store_true", help="put --methods into the results that are published already")
     parser.add_argument("--quick", action="store_true", help="average and task arithmetic of one seed")
     asked = parser.parse_args()
     seeds = [0] if asked.quick else asked.seeds
     methods = ["average", "task_arithmetic"] if asked.quick else asked.methods
     # Results of some seeds or methods alone are not for the page.
-    is_whole = not asked.quick and not asked.methods and asked.seeds == parser.get_default("seeds")
+    is_for_page = not asked.quick and (asked.add or not asked.methods) and asked.seeds == parser.get_default("seeds")
     out = asked.out.absolute()
-    file = (page.RESULTS if is_whole else out) / f"{asked.benchmark}.json"
+    file = (page.RESULTS if is_for_page else out) / f"{asked.benchmark}.json"
+    if asked.add and not (is_for_page and methods and file.exists()):
+        parser.error(f"--add wants --methods, all seeds, and the results of a whole run in {page.RESULTS}")
+    published = json.loads(file.read_text(encoding="utf-8")) if asked.add else None
     file.parent.mkdir(parents=True, exist_ok=True)
     with working_on(asked.benchmark, out, asked.workers) as bench:
         for found in run(bench, seeds, methods):
+            if published:
+                found = added(published, found)
             file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(file, flush=True)
-            if is_whole:
+            if is_for_page:
                 page.write()
 
 
@@ -85,6 +93,30 @@ def run(bench: Bench, seeds: Sequence[int], methods: Sequence[str] | None) -> It
             "rows": len(bench.seconds), "minutes_of_rows": round(sum(bench.seconds.values()) / 60),
             "originals": [asdict(row) for row in original_rows], "methods": entries,
         }  # fmt: skip
+
+
+def added(published: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return published results with some methods' rows made anew, or made at last.
+
+    Args:
+        published: results of a whole run.
+        found: results of some methods.
+
+    Raises:
+        SystemExit: the pretrained or a fine-tuned model answers another test example rightly than the published one:
+            numbers of two sets of fine-tunes are not for one table.
+    """
+    for kept, mine in zip(published["originals"], found["originals"], strict=True):
+        if kept["answers"] != mine["answers"]:
+            sys.exit(f"{kept['name']}, seed {kept['seed']}: answers otherwise than the published one; run all methods")
+    names = [one["name"] for one in found["methods"]]
+    said = {
+        "methods": names,
+        "command": f"{found['command']} --add --methods {shlex.join(names)}",
+        **{name: found[name] for name in ("machine", "rows", "minutes_of_rows")},
+    }
+    others = [one for one in published["methods"] if one["name"] not in names]
+    return {**published, "methods": [*others, *found["methods"]], "added": [*published.get("added", ()), said]}
 
 
 def known_variants(bench: Bench) -> list[Variant]:
