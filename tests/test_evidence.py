@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import bootstrap
 import grid
@@ -148,7 +149,7 @@ def results(*methods, alone):
     }  # fmt: skip
 
 
-def test_methods_are_added_to_the_results_of_the_same_fine_tunes_alone():
+def test_methods_are_added_to_published_results_or_made_anew():
     good, bad = [True] * 9 + [False], [False] * 9 + [True]
     published = results(("average", bad), ("ties", bad), alone=good)
     both = run.added(published, results(("ties", good), ("two words", bad), alone=good))
@@ -156,8 +157,14 @@ def test_methods_are_added_to_the_results_of_the_same_fine_tunes_alone():
     assert [one["name"] for one in both["methods"]] == ["average", "ties", "two words"]
     assert both["methods"][1]["default"][0]["answers"] == row("ties", good)["answers"]
     assert [one["command"] for one in both["added"]] == ["a command --add --methods ties 'two words'"]
+
+
+def test_methods_of_other_fine_tunes_are_not_added(tmp_path):
+    made = Evaluated(FamilyAsSuite(tmp_path / "models"), tmp_path / "rows").row("fine-tuned", 0, "test")
+    other = {task: Answers([not one for one in Answers.unpacked(text).right]) for task, text in made.answers.items()}
+    run.check_same([asdict(made)], [made])
     with pytest.raises(SystemExit, match="fine-tuned, seed 0: answers otherwise"):
-        run.added(published, results(("ties", good), alone=bad))
+        run.check_same([{**asdict(made), "answers": {task: one.packed() for task, one in other.items()}}], [made])
 
 
 def test_the_page_has_the_numbers_of_the_results(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ import page
 from grid import SIZE, Setting, Variant, variants
 from jobs import NAMES, Bench, Job, working_on
 from measuring import machine
+from rows import Row
 
 import superpose
 
@@ -55,29 +56,36 @@ def main() -> None:
     published = json.loads(file.read_text(encoding="utf-8")) if asked.add else None
     file.parent.mkdir(parents=True, exist_ok=True)
     with working_on(asked.benchmark, out, asked.workers) as bench:
-        for found in run(bench, seeds, methods):
-            if published:
-                found = added(published, found)
+        for made in run(bench, seeds, methods, published):
+            found = added(published, made) if published else made
             file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(file, flush=True)
             if is_for_page:
                 page.write()
 
 
-def run(bench: Bench, seeds: Sequence[int], methods: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+def run(
+    bench: Bench, seeds: Sequence[int], methods: Sequence[str] | None, published: Mapping[str, Any] | None
+) -> Iterator[dict[str, Any]]:
     """Run a benchmark.
 
     Args:
         bench: the benchmark.
         seeds: of the fine-tunes; hyperparameters are chosen with the first.
         methods: some methods only; None for all.
+        published: results that these are to be added to.
 
     Yields:
         The results, as they are published: without methods that look at data, which take longest, then with them.
+
+    Raises:
+        SystemExit: the fine-tunes are not those of the published results.
     """
     bench.finetune(seeds)
     originals = [Job(one, seed, "test") for seed in seeds for one in ("pretrained", "fine-tuned")]
     original_rows = bench.rows(originals)
+    if published:
+        check_same(published["originals"], original_rows)
     entries: list[dict[str, Any]] = []
     asked = [one for one in known_variants(bench) if methods is None or one.name in methods]
     for looks_at_data in (False, True):
@@ -95,20 +103,28 @@ def run(bench: Bench, seeds: Sequence[int], methods: Sequence[str] | None) -> It
         }  # fmt: skip
 
 
+def check_same(published: Sequence[Mapping[str, Any]], originals: Sequence[Row]) -> None:
+    """Refuse fine-tunes that answer otherwise than published ones: their numbers are not for one table.
+
+    Args:
+        published: rows of the pretrained model and of the fine-tunes.
+        originals: the same, made now.
+
+    Raises:
+        SystemExit: a model answers another test example rightly.
+    """
+    for kept, mine in zip(published, originals, strict=True):
+        if kept["answers"] != mine.answers:
+            sys.exit(f"{mine.name}, seed {mine.seed}: answers otherwise than the published one; run all methods")
+
+
 def added(published: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     """Return published results with some methods' rows made anew, or made at last.
 
     Args:
         published: results of a whole run.
-        found: results of some methods.
-
-    Raises:
-        SystemExit: the pretrained or a fine-tuned model answers another test example rightly than the published one:
-            numbers of two sets of fine-tunes are not for one table.
+        found: results of some methods, with the same fine-tunes.
     """
-    for kept, mine in zip(published["originals"], found["originals"], strict=True):
-        if kept["answers"] != mine["answers"]:
-            sys.exit(f"{kept['name']}, seed {kept['seed']}: answers otherwise than the published one; run all methods")
     names = [one["name"] for one in found["methods"]]
     said = {
         "methods": names,
