@@ -47,7 +47,8 @@ ABOUT = {
     "lora": (
         "LoRA",
         "SmolLM2-135M-Instruct, adapters of rank 8 on the attention's maps, three classification tasks as prompts; a"
-        " class is chosen by the likelihood of its name's first token.",
+        " class is chosen by the likelihood of its name's first token. The tasks share no text. Adapters keep nothing"
+        " to themselves: one and the same model answers all tasks. Methods that look at data were not run.",
     ),
 }
 
