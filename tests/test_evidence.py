@@ -204,6 +204,9 @@ def test_the_page_has_the_numbers_of_the_results(tmp_path, monkeypatch):
     assert "| the weakest | 0.250 |" in text
     assert "`analyse`; superpose code c0de, today UTC, a machine." in text
     assert text.index("| **stf** | 0.800") < text.index("| average (sees data) | 0.300")
+    (tmp_path / "evidence" / "summary.md").write_text("{text_ties}", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"summary.md: \{text_ties\} is in no result"):
+        page.page()
 
 
 def test_the_network_has_the_published_layout():
@@ -324,6 +327,10 @@ def test_the_page_has_what_each_analysis_found(name):
     text = "\n".join(page.sections("text", {name: {"found": FOUND[name], **made}}))
     assert SAID[name] in text
     assert "`a command`; superpose code c0de, today UTC, a machine." in text
+
+
+def test_the_summary_can_name_what_a_variation_changes():
+    assert ANALYSES["variations"].numbers(FOUND["variations"]) == {"chosen_ridge_0_1": "+0.050 (+0.010 to +0.090)"}
 
 
 def test_what_one_task_is_asked_is_no_others_to_learn(tmp_path, monkeypatch):

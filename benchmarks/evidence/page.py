@@ -306,9 +306,17 @@ def draw(results: Mapping[str, Results]) -> None:
 
 
 def page() -> str:
-    """Return the page."""
+    """Return the page.
+
+    Raises:
+        SystemExit: the summary names a number that no result has.
+    """
     results = all_results()
-    summary = (RESULTS / "summary.md").read_text(encoding="utf-8").format_map(numbers(results))
+    file = RESULTS / "summary.md"
+    try:
+        summary = file.read_text(encoding="utf-8").format_map(numbers(results))
+    except KeyError as missing:
+        sys.exit(f"{file}: {{{missing.args[0]}}} is in no result; what was found is kept, the page is as it was")
     lines = [
         "# Evidence\n",
         "Made by `python benchmarks/evidence/page.py` from the results in `docs/evidence`; the summary is by hand, its"

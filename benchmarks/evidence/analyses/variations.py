@@ -37,6 +37,15 @@ def find(bench: Bench, chosen: Chosen) -> Content:
     return found
 
 
+def numbers(found: Content) -> dict[str, str]:
+    """Return what the summary can name: `chosen_ridge_0_1` is what that changes in the chosen setting."""
+    return {
+        f"{one['to'].removeprefix('the ')}_{option}_{value}".replace(".", "_"): interval(one["difference"])
+        for one in found
+        for option, value in one["change"].items()
+    }
+
+
 def lines(name: str, found: Content) -> Iterator[str]:
     """Yield the lines of the page."""
     del name
