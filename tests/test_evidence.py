@@ -329,8 +329,10 @@ def test_the_page_has_what_each_analysis_found(name):
     assert "`a command`; superpose code c0de, today UTC, a machine." in text
 
 
-def test_the_summary_can_name_what_a_variation_changes():
-    assert ANALYSES["variations"].numbers(FOUND["variations"]) == {"chosen_ridge_0_1": "+0.050 (+0.010 to +0.090)"}
+def test_the_summary_can_name_what_a_variation_changes_and_what_solving_is_worth():
+    difference = "+0.050 (+0.010 to +0.090)"
+    assert ANALYSES["variations"].numbers(FOUND["variations"]) == {"chosen_ridge_0_1": difference}
+    assert ANALYSES["control"].numbers(FOUND["control"]) == {"here": difference, "here_mean": "0.750"}
 
 
 def test_what_one_task_is_asked_is_no_others_to_learn(tmp_path, monkeypatch):

@@ -48,7 +48,9 @@ ABOUT = {
         "LoRA",
         "SmolLM2-135M-Instruct, adapters of rank 8 on the attention's maps, three classification tasks as prompts; a"
         " class is chosen by the likelihood of its name's first token. The tasks share no text. Adapters keep nothing"
-        " to themselves: one and the same model answers all tasks. Methods that look at data were not run.",
+        " to themselves: one and the same model answers all tasks. Methods that look at data were not run. As they"
+        " are, `stf` and its control `trimmed_task_arithmetic` have a density of 1 here: superpose does not trim"
+        " adapters for them unless it is told to.",
     ),
 }
 

@@ -37,5 +37,6 @@ ANALYSES: Mapping[str, ModuleType] = {
     )
 }
 """By name, in the order of the page."""
-NOT_FOR: Mapping[str, tuple[str, ...]] = {"lora": ("preservation", "held_out")}
-"""Analyses that a benchmark has nothing for: adapters have no heads, and their matrices are factors."""
+NOT_FOR: Mapping[str, tuple[str, ...]] = {"lora": ("removed_features", "preservation", "held_out")}
+"""Analyses that a benchmark has nothing for: adapters have no heads, their matrices are factors, and their features are
+eight, fewer than the smallest share that is left out of a matrix's."""

@@ -12,8 +12,8 @@ form: at 1 the tasks' features are answered, on the average weighted by strength
 tune: an encoder of text did best at 1, a convolutional network at 0.7 to 0.85, and 0.85 costs either next to nothing.
 The derivation, and what was tried, is in docs/iso-share.md.
 
-Cost: T + 1 decompositions, and two systems of out and of in unknowns. Prefer it for full fine-tunes of many tasks: it
-was tried on six and on eight. With one or two it distorts what it merges, as Iso-C does.
+Cost: T + 1 decompositions, and two systems of out and of in unknowns. Prefer it for several tasks: it was tried on
+full fine-tunes of six and of eight, and on three adapters. With one or two it distorts what it merges, as Iso-C does.
 """
 
 from __future__ import annotations
