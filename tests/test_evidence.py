@@ -162,6 +162,8 @@ def test_methods_are_added_to_published_results_or_made_anew():
     assert [one["name"] for one in both["methods"]] == ["average", "ties", "two words"]
     assert both["methods"][1]["default"][0]["answers"] == row("ties", good)["answers"]
     assert [one["command"] for one in both["added"]] == ["a command --add --methods ties 'two words'"]
+    again = run.added(both, results(("two words", good), alone=good))
+    assert [one["methods"] for one in again["added"]] == [["ties"], ["two words"]]
 
 
 def test_methods_of_other_fine_tunes_are_not_added(tmp_path):
@@ -287,7 +289,9 @@ FOUND = {
         "removed": [{"end": end, "share": 0.5, "mean": 0.25} for end in ("remove_smallest", "remove_largest")],
     },
     "density_and_factor": [
-        {"method": "ties", "density": 0.2, "scaling_factor": factor, "mean": factor / 2} for factor in (0.5, 1.0)
+        {"method": "ties", "density": 0.2, "scaling_factor": 0.5, "mean": 0.25},
+        {"method": "ties", "density": 0.2, "scaling_factor": 1.0, "mean": 0.5, "test": 0.45, "stf_less_it": DIFFERENCE},
+        {"method": "pcb", "density": 0.2, "scaling_factor": 0.5, "mean": 0.25},
     ],
     "number_of_tasks": [
         {"tasks": 2, "merged": ["a", "b"], "method": method, "normalised": share, "mean": 0.5, "factor": factor}
@@ -313,7 +317,8 @@ SAID = {
     "control": "| here | 0.2 | 0.8 | 0.750 | 0.500 | +0.050 (+0.010 to +0.090) | +0.250 |",
     "variations": "| the chosen | ridge 0.1 | 0.500 | +0.050 (+0.010 to +0.090) |",
     "removed_features": "| the weakest | 0.250 |",
-    "density_and_factor": "| ties | 0.2 | 1 | 0.500 | 0.250 to 0.500 |",
+    "density_and_factor": "| ties | 0.2 | 1 | 0.500 | 0.250 to 0.500 | 0.450 | +0.050 (+0.010 to +0.090) |\n"
+    "| pcb | 0.2 | 0.5 | 0.250 | 0.250 to 0.250 |  |  |",
     "number_of_tasks": "| best factor of STF | 0.6 |",
     "preservation": "| stf | 1.00 | 0.00 | 0.500 | 0.250 | 0.750 |",
     "held_out": "| stf | 0.250 | 0.750 | 0.500 | +0.050 (+0.010 to +0.090) |",
@@ -332,6 +337,9 @@ def test_the_page_has_what_each_analysis_found(name):
 def test_the_summary_can_name_what_a_variation_changes_and_what_solving_is_worth():
     difference = "+0.050 (+0.010 to +0.090)"
     assert ANALYSES["variations"].numbers(FOUND["variations"]) == {"chosen_ridge_0_1": difference}
+    assert ANALYSES["density_and_factor"].numbers(FOUND["density_and_factor"]) == {
+        "ties_test": "0.450", "stf_less_ties": difference,
+    }  # fmt: skip
     assert ANALYSES["control"].numbers(FOUND["control"]) == {"here": difference, "here_mean": "0.750"}
 
 

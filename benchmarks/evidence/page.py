@@ -162,19 +162,18 @@ def tables(found: Results) -> Iterator[str]:
         names = ", ".join(f"`{name}`" for name in one["methods"])
         yield (
             f"{names} came later, by `{one['command']}`, on {one['machine']}"
-            f" ({one['minutes_of_rows']} minutes for {one['rows']} rows), with fine-tunes made anew: they answer every"
-            " test example as those of the other rows do.\n"
+            f" ({one['minutes_of_rows']} minutes for {one['rows']} rows), with fine-tunes made anew: they are right"
+            " on the same test examples as those of the other rows.\n"
         )
     yield "### Hyperparameters chosen on validation data\n"
     yield (
-        f"Where there is something to choose, each method's best of its defaults and {content['grid_size']} settings"
-        " more (`benchmarks/evidence/grid.py`), on the validation part with the fine-tunes of seed"
-        f" {content['seeds'][0]}; numbers are of the test part, of all seeds. ± is the standard deviation of the mean"
-        " over seeds. The last"
-        " columns: how much better than the row are STF with its chosen setting, and `iso_share` with its defaults,"
-        " which were chosen on validation data of seed 0 of the text and vision benchmarks; with 95% intervals from a"
-        f" paired bootstrap over test examples ({DRAWS:,} draws), of these seeds and settings, uncorrected for their"
-        " number.\n"
+        f"Where there is something to choose, each method's best of its defaults and {content['grid_size']} settings,"
+        " which may have them among them (`benchmarks/evidence/grid.py`), on the validation part with the fine-tunes of"
+        f" seed {content['seeds'][0]}; numbers are of the test part, of all seeds. ± is the standard deviation of the"
+        " mean over seeds. The last columns: how much better than the row are STF with its chosen setting, and"
+        " `iso_share` with its defaults, which were chosen on validation data of seed 0 of the text and vision"
+        f" benchmarks; with 95% intervals from a paired bootstrap over test examples ({DRAWS:,} draws), of these seeds"
+        " and settings, uncorrected for their number.\n"
     )
     yield from _table(found, found.chosen, with_originals=True)
     if REFERENCE in found.chosen:

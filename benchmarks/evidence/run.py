@@ -5,7 +5,8 @@
     python benchmarks/evidence/run.py text --out FOLDER --add --methods NAME ...    into the published results
 
 FOLDER, outside the repository, keeps downloads, fine-tunes and every row; interrupted, the same command goes on. In the
-end the rows of the table are in docs/evidence/NAME.json, and docs/evidence.md and its figures are made anew.
+end the rows of the table are in docs/evidence/NAME.json, and docs/evidence.md and its figures are made anew; with some
+methods or seeds alone they are in FOLDER/NAME.json.
 
 Hyperparameters are chosen on validation data with the fine-tunes of the first seed, and used for all seeds.
 
@@ -55,13 +56,25 @@ def main() -> None:
         parser.error(f"--add wants --methods, all seeds, and the results of a whole run in {page.RESULTS}")
     published = json.loads(file.read_text(encoding="utf-8")) if asked.add else None
     file.parent.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with working_on(asked.benchmark, out, asked.workers) as bench:
+        known = [one.name for one in known_variants(bench)]
+        if unknown := sorted(set(methods or ()) - set(known)):
+            parser.error(f"{', '.join(unknown)}: not among {', '.join(known)}")
+        found = {}
         for made in run(bench, seeds, methods, published):
             found = added(published, made) if published else made
-            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            print(file, flush=True)
-            if is_for_page:
-                page.write()
+            write(found, out / f"{asked.benchmark}.json")
+    # The page names methods that look at data: it is made once they are there.
+    if is_for_page:
+        write(found, file)
+        page.write()
+
+
+def write(found: Mapping[str, Any], file: Path) -> None:
+    """Write results."""
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(file, flush=True)
 
 
 def run(
@@ -79,8 +92,10 @@ def run(
         The results, as they are published: without methods that look at data, which take longest, then with them.
 
     Raises:
-        SystemExit: the fine-tunes are not those of the published results.
+        SystemExit: the examples or the fine-tunes are not those of the published results.
     """
+    if published and (published["mark"], published["sizes"]) != (bench.suite.mark, as_json(bench.suite.sizes)):
+        sys.exit(f"{bench.name}: published with other examples, training or models; run all methods")
     bench.finetune(seeds)
     originals = [Job(one, seed, "test") for seed in seeds for one in ("pretrained", "fine-tuned")]
     original_rows = bench.rows(originals)
@@ -132,7 +147,15 @@ def added(published: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, A
         **{name: found[name] for name in ("machine", "rows", "minutes_of_rows")},
     }
     others = [one for one in published["methods"] if one["name"] not in names]
-    return {**published, "methods": [*others, *found["methods"]], "added": [*published.get("added", ()), said]}
+    before = [{**one, "methods": [name for name in one["methods"] if name not in names]}
+              for one in published.get("added", ())]  # fmt: skip
+    stay = [one for one in before if one["methods"]]
+    return {**published, "methods": [*others, *found["methods"]], "added": [*stay, said]}
+
+
+def as_json(content: Any) -> Any:
+    """Return what comes back of something that is written as JSON."""
+    return json.loads(json.dumps(content))
 
 
 def known_variants(bench: Bench) -> list[Variant]:

@@ -16,6 +16,8 @@ from superpose.own_code import code_digest
 
 SEED = 0
 """Of the fine-tunes that are analysed, where it is not said otherwise."""
+SEEDS = (0, 1, 2)
+"""Of all fine-tunes."""
 SUMS = (0.8, 1.6, 2.4, 4.0, 6.4, 9.6)
 """Times 1 / T: factors on sums of T task vectors, of STF and its control."""
 MEANS = (0.5, 0.8, 1.2, 1.6, 2.0, 2.5)

@@ -11,10 +11,9 @@ from grid import Setting
 from jobs import Bench, Job
 from rows import Row
 
-from analyses.common import Chosen, Content, interval, table
+from analyses.common import SEEDS, Chosen, Content, interval, table
 
 TITLE = "STF against its control"
-SEEDS = (0, 1, 2)
 PUBLISHED = {
     "STF's published defaults": {"density": 0.2, "scaling_factor": 0.8},
     "STF's published, for adapters": {"density": 0.3, "scaling_factor": 0.5},

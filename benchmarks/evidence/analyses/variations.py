@@ -27,7 +27,10 @@ def find(bench: Bench, chosen: Chosen) -> Content:
     ]
     whole: list[dict[str, Any]] = [{}, {"density_scope": "model"}]
     found = []
-    for to, options, some in (("the chosen", chosen["stf"].options, changes), ("the defaults", {}, whole)):
+    tried = [("the chosen", chosen["stf"].options, changes), ("the defaults", {}, whole)]
+    if bench.name == "lora":  # adapters are not trimmed by default
+        del tried[1]
+    for to, options, some in tried:
         rows = bench.rows([Job(Setting("stf", {**options, **change}), SEED, "test") for change in some])
         found += [
             {"to": to, "change": change, **described(row),
