@@ -299,3 +299,32 @@ def test_a_sharded_output_appears_whole(tmp_path):
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
     again = save(tmp_path / "again", load(tmp_path / "out"))
     assert all(torch.equal(load(again)[name], tensor) for name, tensor in load(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("phase", ["survey", "merge"])
+def test_an_interruption_between_two_tensors_waits_for_those_in_flight(tmp_path, monkeypatch, phase):
+    from superpose import run
+
+    name = {"survey": "survey_item", "merge": "merge_item"}[phase]
+    of_one, begun, ended = getattr(run, name), [], []
+
+    def slow(item, *rest, **more):
+        begun.append(item.name)
+        if len(begun) > 1:
+            time.sleep(0.5)
+        found = of_one(item, *rest, **more)
+        ended.append(item.name)
+        return found
+
+    def interrupt(now):
+        if now.phase == phase and now.done and len(begun) > 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, name, slow)
+    folders = make_family(tmp_path)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        library.merge(recipe(folders, method="ties"), tmp_path / "out", workers=2, report=interrupt)
+    # While the error and its frames are held: whoever reports it has not let go of them either.
+    assert caught.tb is not None
+    assert sorted(ended) == sorted(begun)
+    assert len(begun) > 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -74,7 +74,7 @@ class MergeElsewhere:
 
 def merge_elsewhere(
     items: Sequence[WorkItem], work: MergeElsewhere, backend: Backend, journal: Journal, writer: StreamWriter
-) -> Iterator[tuple[int, TensorRecord]]:
+) -> Generator[tuple[int, TensorRecord], None, None]:
     """Merge items in other processes; whatever the file system, the journal is written here alone.
 
     Args:
@@ -138,7 +138,7 @@ class _Checking:
 
     def map(
         self, function: Callable[[Any], Any], items: Sequence[Any], memory: Sequence[int]
-    ) -> Iterator[tuple[int, Any]]:
+    ) -> Generator[tuple[int, Any], None, None]:
         return self._backend.map(_Checked(function, self._marks), items, memory)
 
 

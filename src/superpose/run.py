@@ -247,9 +247,11 @@ def _merge_all(
         results = merge_elsewhere(
             waiting, MergeElsewhere(surveys, context, plan.layout, writer.folder), backend, journal, writer
         )
-    for _, record in results:
-        records[record.name] = record
-        tell()
+    # Interrupted between two records, it waits for tensors in flight here, where a second signal ends the wait.
+    with contextlib.closing(results):
+        for _, record in results:
+            records[record.name] = record
+            tell()
     return [records[name] for name in sorted(records)]
 
 
@@ -294,7 +296,8 @@ def survey_all(
                 members,
                 [item.memory for item in members],
             )
-            total = _add_in_order(values, members, numel, step, passes, report)
+            with contextlib.closing(values):
+                total = _add_in_order(values, members, numel, step, passes, report)
             state = survey.finish(step, total, state, options, dtype)
         if passes:
             states[name, options] = state

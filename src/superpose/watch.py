@@ -6,7 +6,7 @@ and cost a system call; the sample is taken when the plan is made, and where tim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +117,7 @@ class _Watched:
 
     def map(
         self, function: Callable[[Any], Any], items: Sequence[Any], memory: Sequence[int]
-    ) -> Iterator[tuple[int, Any]]:
+    ) -> Generator[tuple[int, Any], None, None]:
         if self.in_process:
             yield from self.backend.map(_Guarded(function, self.watch), items, memory)
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ class Backend(Protocol):
 
     def map(
         self, function: Callable[[Any], Any], items: Sequence[Any], memory: Sequence[int]
-    ) -> Iterator[tuple[int, Any]]:
+    ) -> Generator[tuple[int, Any], None, None]:
         """Yield (index, result) in the order in which results come.
 
         Args:
@@ -34,7 +34,7 @@ class Backend(Protocol):
             memory: bytes each item needs; together they stay within the budget, but for an item that exceeds it alone.
 
         Returns:
-            The pairs, lazily.
+            The pairs, lazily. Who may stop before the last closes it: that begins no more, and waits for those begun.
         """
         ...
 

@@ -14,7 +14,7 @@ import secrets
 import socket
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -74,7 +74,7 @@ class Backend:
 
     def map(
         self, function: Callable[[Any], Any], items: Sequence[Any], memory: Sequence[int]
-    ) -> Iterator[tuple[int, Any]]:
+    ) -> Generator[tuple[int, Any], None, None]:
         """Yield (index, result) as results come; no more is begun once one has failed or the caller stops."""
         if not items:
             return

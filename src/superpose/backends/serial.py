@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ class Backend:
 
     def map(
         self, function: Callable[[Any], Any], items: Sequence[Any], memory: Sequence[int]
-    ) -> Iterator[tuple[int, Any]]:
+    ) -> Generator[tuple[int, Any], None, None]:
         """Yield (index, result) in order."""
         del memory
         threads = torch.get_num_threads()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -23,7 +23,7 @@ class Backend:
 
     def map(
         self, function: Callable[[Any], Any], items: Sequence[Any], memory: Sequence[int]
-    ) -> Iterator[tuple[int, Any]]:
+    ) -> Generator[tuple[int, Any], None, None]:
         """Yield (index, result) as results come; no more is begun once one has failed or the caller stops."""
         threads = torch.get_num_threads()
         waiting = list(range(len(items)))
