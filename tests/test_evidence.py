@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import bootstrap
@@ -164,6 +166,38 @@ def test_methods_are_added_to_published_results_or_made_anew():
     assert [one["command"] for one in both["added"]] == ["a command --add --methods ties 'two words'"]
     again = run.added(both, results(("two words", good), alone=good))
     assert [one["methods"] for one in again["added"]] == [["ties"], ["two words"]]
+
+
+@pytest.fixture
+def running(tmp_path, monkeypatch):
+    """Return a function that calls run.py with results made up; it returns what was published at each page's making."""
+
+    def call(*arguments, found):
+        published = []
+        monkeypatch.setattr(run, "run", lambda *_: iter(found))
+        monkeypatch.setattr(run, "working_on", lambda *_: nullcontext())
+        monkeypatch.setattr(run, "known_variants", lambda _: [grid.Variant("ties", grid.Setting("ties"), ())])
+        monkeypatch.setattr(page, "RESULTS", tmp_path)
+        monkeypatch.setattr(page, "write", lambda: published.append(json.loads((tmp_path / "text.json").read_text())))
+        monkeypatch.setattr(sys, "argv", ["run.py", "text", "--out", str(tmp_path / "out"), *arguments])
+        run.main()
+        return published
+
+    return call
+
+
+def test_results_are_published_once_they_are_whole(running, tmp_path):
+    part, whole = results(("average", [True] * 3), alone=[True] * 3), results(("ties", [True] * 3), alone=[True] * 3)
+    assert running(found=[part, whole]) == [whole]
+    assert running("--methods", "ties", found=[part]) == []
+    assert json.loads((tmp_path / "text.json").read_text()) == whole
+    assert json.loads((tmp_path / "out" / "text.json").read_text()) == part
+
+
+def test_a_method_that_is_not_in_the_table_is_refused(running, capsys):
+    with pytest.raises(SystemExit):
+        running("--methods", "tise", found=[])
+    assert "tise: not among ties" in capsys.readouterr().err
 
 
 def test_methods_of_other_fine_tunes_are_not_added(tmp_path):
