@@ -40,7 +40,10 @@ REST = """
   and `superpose verify --recompute N` computes tensors once more.
 - **Power cuts** are simulated by a layer that forgets what was not synced, page by page; no machine was switched off.
 - **Ray**: its driver is killed at events like the others, fewer times, as a cluster takes seconds to start; nodes that
-  die are in `tests/test_ray.py`. All nodes were on one machine.
+  die are in `tests/test_ray.py`. All nodes were on one machine. A task that ends while it is cancelled can bring the
+  driver down in Ray's own code ("Tried to complete task that was not pending", exit code 1; ray-project/ray#54798
+  describes the race): seen once, at Ctrl-C, with Ray 2.60. What was finished is kept, and the same command goes on, as
+  after a kill.
 - **Network file systems** were not there to be tested: locks hold between processes of one machine; on others the lock
   tells who holds it, as far as the file system knows.
 - **float8** tensors are copied from the base, with a warning where fine-tunes differ: quantised weights are not merged.
