@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -341,24 +342,27 @@ def test_interrupted_it_goes_on_where_it_was(tmp_path):
     folders = make_family(tmp_path, layers=40, width=160)
     library.merge(recipe(folders, method="stf"), tmp_path / "threads")
     command = [sys.executable, "-m", "superpose", "merge", *map(str, folders), "-o", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        [*command, "--quiet", "--backend", "ray"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **PLAIN},
-        start_new_session=True,
-        # A shell starts what it puts in the background with SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    wait_for(lambda: journal_lines(tmp_path / "out.partial") >= 10)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to all processes of the group
-    _, text = process.communicate(timeout=60)
-    # Seldom Ray falls over a task that ends while it is cancelled (docs/reliability.md): the merge goes on all the same
-    if "Tried to complete task that was not pending" not in text:
-        assert process.returncode == 130, text
-        assert "run the same command again" in text
-        assert "Traceback" not in text
+    # Ray itself can fall over a task that ends while it is cancelled (docs/reliability.md): then it is asked once more.
+    for _ in range(3):
+        process = subprocess.Popen(
+            [*command, "--quiet", "--backend", "ray"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **PLAIN},
+            start_new_session=True,
+            # A shell starts what it puts in the background with SIGINT ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        wait_for(lambda: journal_lines(tmp_path / "out.partial") >= 10)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to all processes of the group
+        _, text = process.communicate(timeout=60)
+        if "Tried to complete task that was not pending" not in text:
+            break
+        shutil.rmtree(tmp_path / "out.partial")
+    assert process.returncode == 130, text
+    assert "run the same command again" in text
+    assert "Traceback" not in text
     finished = journal_lines(tmp_path / "out.partial")
     record = library.merge(recipe(folders, method="stf"), tmp_path / "out")
     assert 10 <= record.totals["resumed"] == finished < record.totals["tensors"]
