@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -106,9 +107,10 @@ def compare_items(
     """
     work = partial(compare_item, context=context, spectra=spectra)
     found: dict[int, TensorComparison] = {}
-    for index, comparison in backend.map(work, items, [item.memory for item in items]):
-        found[index] = comparison
-        report(len(found), len(items))
+    with contextlib.closing(backend.map(work, items, [item.memory for item in items])) as results:
+        for index, comparison in results:
+            found[index] = comparison
+            report(len(found), len(items))
     return [found[index] for index in range(len(items))]
 
 
