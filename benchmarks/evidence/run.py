@@ -94,7 +94,7 @@ def run(
     Raises:
         SystemExit: the examples or the fine-tunes are not those of the published results.
     """
-    if published and (published["mark"], published["sizes"]) != (bench.suite.mark, as_json(bench.suite.sizes)):
+    if published and (published["mark"], published["sizes"]) != (bench.suite.mark, bench.suite.sizes):
         sys.exit(f"{bench.name}: published with other examples, training or models; run all methods")
     bench.finetune(seeds)
     originals = [Job(one, seed, "test") for seed in seeds for one in ("pretrained", "fine-tuned")]
@@ -151,11 +151,6 @@ def added(published: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, A
               for one in published.get("added", ())]  # fmt: skip
     stay = [one for one in before if one["methods"]]
     return {**published, "methods": [*others, *found["methods"]], "added": [*stay, said]}
-
-
-def as_json(content: Any) -> Any:
-    """Return what comes back of something that is written as JSON."""
-    return json.loads(json.dumps(content))
 
 
 def known_variants(bench: Bench) -> list[Variant]:
